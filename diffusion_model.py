@@ -1,0 +1,1120 @@
+"""Train a diffusion model on CIFAR-10 and draw pictures with it, in one file.
+
+    python diffusion_model.py        trains: downloads CIFAR-10, shows samples/ on the way, writes diffusion_model.pth
+    python inference_example.py      draws pictures from diffusion_model.pth
+
+    python diffusion_model.py --data shapes --image-size 16 --hidden-channels 16 --epochs 20      minutes, no download
+    python diffusion_model.py --data FOLDER                                                       your own images
+
+A run that was stopped goes on when the same command is given again. All flags: --help. From Python:
+
+    model = SimpleDiffusion.load("diffusion_model.pth")
+    images = model.sample(16, y=torch.arange(16) % 10, guidance=1.5, seed=0)     # (16, 3, 32, 32) in [0, 1]
+
+The classes need torch alone: acts 1 to 3 can be copied into a project of your own. Images are [-1, 1] inside.
+
+Equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models (arXiv 2006.11239),
+where no other paper is named: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
+DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Lu et al. 2022
+(2211.01095: DPM-Solver++).
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import functools
+import hashlib
+import json
+import math
+import os
+import secrets
+import signal
+import statistics
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The U-Net: time embedding, attention, residual block, SimpleUNet
+
+
+def time_embedding(t, width):
+    """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) in 0..n_steps-1 -> (B, width) float32."""
+    half = (width + 1) // 2
+    # In float32 throughout: bfloat16 would make neighbouring timesteps one.
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * frequencies                               # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]
+
+
+def largest_divisor(n, limit):
+    """The largest whole number up to `limit` that divides n: so any number of channels can be split."""
+    return next(k for k in range(min(n, limit), 0, -1) if n % k == 0)
+
+
+def group_norm(channels):
+    # At least 16 channels a group: with fewer, PyTorch's channels_last kernel on the CPU is ten times slower.
+    return nn.GroupNorm(largest_divisor(channels, min(32, max(1, channels // 16))), channels)
+
+
+def zero_init(layer):
+    """Let a branch that ends in `layer` add nothing at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention between the pixels of an image, added to it: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels, num_heads):
+        super().__init__()
+        self.num_heads = largest_divisor(channels, num_heads)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
+        q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if x.device.type == "cpu":                                          # (B, heads, HW, C / heads) each
+            # In training, the fused kernel of the CPU is two to six times slower than this.
+            h = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
+        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
+        return x + h.transpose(1, 2).view(B, C, H, W)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, told of time and class between them, added to the input; then attention, if it has heads.
+
+    forward(x, emb): x (B, in_channels, H, W), emb (B, time_dim) -> (B, out_channels, H, W)
+    """
+
+    def __init__(self, in_channels, out_channels, time_dim, dropout, num_heads):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.attention = Attention(out_channels, num_heads) if num_heads else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)     # (B, out_channels, 1, 1) each
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)                  # in one pass over memory
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(x) + h)
+
+
+class SimpleUNet(nn.Module):
+    """The network: noisy images and their timesteps in, a prediction of the same shape out.
+
+    forward(x, t, y=None): x (B, in_channels, H, W), t (B,) int64 in 0..n_steps-1, y (B,) int64 or None -> like x.
+    Label num_classes is the null label ("no class"); y=None means null for every image. Level i works at H / 2**i with
+    hidden_channels * channel_mults[i] channels, and has attention if it is one of attention_levels. A ValueError says
+    so where H or W is no multiple of 2**(levels - 1), or labels come to a network without classes.
+    """
+
+    def __init__(self, in_channels=3, hidden_channels=64, channel_mults=(1, 2, 4), num_res_blocks=2,
+                 attention_levels=(1, 2), num_heads=4, time_dim=256, dropout=0.0, num_classes=None):
+        super().__init__()
+        self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, channel_mults=list(channel_mults),
+                           num_res_blocks=num_res_blocks, attention_levels=list(attention_levels), num_heads=num_heads,
+                           time_dim=time_dim, dropout=dropout, num_classes=num_classes)
+        sizes = [in_channels, hidden_channels, num_res_blocks, num_heads, time_dim, *channel_mults]
+        if not channel_mults or min(sizes) < 1 or (num_classes is not None and num_classes < 1):
+            raise ValueError(f"every size of the network must be at least 1, got {self.config}")
+        if len(channel_mults) * num_res_blocks > 1000:
+            raise ValueError(f"{len(channel_mults)} levels of {num_res_blocks} blocks are too many")
+        self.time_dim, self.num_classes, self.multiple = time_dim, num_classes, 2 ** (len(channel_mults) - 1)
+
+        def block(c_in, c_out, level):
+            return ResidualBlock(c_in, c_out, time_dim, dropout, num_heads if level in attention_levels else 0)
+
+        self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
+        self.stem = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+
+        widths = [hidden_channels * mult for mult in channel_mults]
+        channels, skips = hidden_channels, [hidden_channels]
+        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()           # from the first level to the last
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.shrink.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                skips.append(channels)
+            self.down.append(nn.ModuleList())
+            for _ in range(num_res_blocks):
+                self.down[-1].append(block(channels, width, level))
+                channels = width
+                skips.append(channels)
+
+        last = len(widths) - 1
+        self.middle = nn.ModuleList([block(channels, channels, last), block(channels, channels, None)])
+
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()               # and back
+        for level in range(last, -1, -1):
+            if level < last:
+                self.grow.append(nn.Conv2d(channels, channels, 3, padding=1))
+            self.up.append(nn.ModuleList())
+            for _ in range(num_res_blocks + 1):
+                self.up[-1].append(block(channels + skips.pop(), widths[level], level))
+                channels = widths[level]
+        self.norm = group_norm(channels)
+        self.out = zero_init(nn.Conv2d(channels, in_channels, 3, padding=1))
+
+    def forward(self, x, t, y=None):
+        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            raise ValueError(f"height and width must be multiples of {self.multiple}, got {x.shape[2]}x{x.shape[3]}")
+        if y is not None and self.num_classes is None:
+            raise ValueError("labels y for a network without classes")
+        emb = self.time_mlp(time_embedding(t, self.time_dim))               # (B, time_dim)
+        if self.num_classes is not None:
+            emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
+        emb = F.silu(emb)
+
+        x = self.stem(x)                                                    # (B, 64, 32, 32) with the defaults
+        skips = [x]
+        for level, blocks in enumerate(self.down):
+            if level > 0:
+                x = self.shrink[level - 1](x)                               # (B, 64, 16, 16), later (B, 128, 8, 8)
+                skips.append(x)
+            for block in blocks:
+                x = block(x, emb)                                           # (B, 128, 16, 16), later (B, 256, 8, 8)
+                skips.append(x)
+        for block in self.middle:
+            x = block(x, emb)
+        for i, blocks in enumerate(self.up):
+            if i > 0:
+                x = self.grow[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            for block in blocks:
+                x = block(torch.cat([x, skips.pop()], dim=1), emb)          # (B, 256, 8, 8), at last (B, 64, 32, 32)
+        return self.out(F.silu(self.norm(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The diffusion process: DiffusionModel
+
+
+def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
+    """The variance of the noise that each step adds: (n_steps,) float64, below 1."""
+    if schedule == "linear":  # scaled from the paper's 1000 steps, so that x_T is noise for every n_steps
+        betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
+    elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
+        time_share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
+        alphas_cumprod = torch.cos((time_share + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
+    else:
+        raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
+    return betas.clamp(max=0.999)
+
+
+def has_bfloat16(device):
+    """Whether the device multiplies bfloat16 in hardware: elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+
+
+def autocast(device):
+    """Convolutions and matrix products in bfloat16 where that is fast; weights, tables and the loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+
+@contextlib.contextmanager
+def eval_mode(module):
+    """Without dropout inside the block; after it every part of `module` is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def progress_bar(steps, show):
+    """`steps`, with a bar where it is wanted and tqdm is there."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, disable=not show, desc="sampling", leave=False)
+
+
+class DiffusionModel(nn.Module):
+    """The forward process q, the training loss and the reverse process p, around any network.
+
+    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t; y (B,) int64 is its third
+    argument, only where y is given. Guidance takes its attribute num_classes for the null label.
+    prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
+    """
+
+    def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise"):
+        super().__init__()
+        if not 1 <= n_steps <= 100_000:
+            raise ValueError(f"n_steps must be in 1..100000, got {n_steps}")
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f"0 < beta_start <= beta_end < 1 must hold, got {beta_start} and {beta_end}")
+        if prediction not in ("noise", "v"):
+            raise ValueError(f"prediction must be noise or v, got {prediction!r}")
+        self.model, self.n_steps, self.schedule, self.prediction = model, n_steps, schedule, prediction
+        self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
+                           prediction=prediction)
+        betas = make_betas(schedule, n_steps, beta_start, beta_end)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
+        tables = dict(
+            betas=betas,
+            alphas_cumprod=alphas_cumprod,
+            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: how much is left of the image
+            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
+            posterior_variance=betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),  # eq. 7; 0 where t = 0
+        )
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
+
+    def alpha_sigma(self, t):
+        """The factors of image and noise in x_t: t (B,) -> two (B, 1, 1, 1)."""
+        alpha, sigma = self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
+        return alpha[:, None, None, None], sigma[:, None, None, None]
+
+    def q_sample(self, x_start, t, noise=None):
+        """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W) in [-1, 1], t (B,) int64 -> like x_start."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x_start + sigma * noise
+
+    def forward(self, x_start, y=None, t=None, noise=None):
+        """The training loss (eq. 14, Algorithm 1): x_start (B, C, H, W) in [-1, 1], y (B,) int64 or None -> scalar."""
+        if t is None:
+            t = torch.randint(0, self.n_steps, x_start.shape[:1], device=x_start.device)  # Algorithm 1, line 3
+        if noise is None:
+            noise = torch.randn_like(x_start)                                             # line 4
+        x_t = self.q_sample(x_start, t, noise)
+        prediction = self.model(x_t, t) if y is None else self.model(x_t, t, y)
+        alpha, sigma = self.alpha_sigma(t)
+        target = noise if self.prediction == "noise" else alpha * noise - sigma * x_start
+        return F.mse_loss(prediction.float(), target)                                     # line 5
+
+    def predict_x_start(self, x_t, t, y=None, guidance=1.0):
+        """What the network takes x_t for: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
+        if y is None:
+            prediction = self.model(x_t, t)
+        elif guidance == 1:
+            prediction = self.model(x_t, t, y)
+        else:  # Ho and Salimans 2022, eq. 6, with guidance = 1 + their w; both halves in one batch
+            labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
+            conditional, null = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).float().chunk(2)
+            prediction = null + guidance * (conditional - null)
+        alpha, sigma = self.alpha_sigma(t)
+        if self.prediction == "noise":
+            x_0 = (x_t - sigma * prediction.float()) / alpha  # eq. 4, solved for x_0
+        else:
+            x_0 = alpha * x_t - sigma * prediction.float()    # Salimans and Ho 2022, section 4
+        return x_0.clamp(-1, 1)  # no image lies outside: what does is an error that later steps would enlarge
+
+    @torch.no_grad()
+    def p_sample(self, x_t, t, y=None):
+        """One ancestral step (Algorithm 2, lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}, like x_t."""
+        x_0 = self.predict_x_start(x_t, t, y)
+        _, sigma_t = self.alpha_sigma(t)
+        alpha_s, sigma_s = self.alpha_sigma((t - 1).clamp(min=0))           # s = t - 1
+        clean = (t == 0)[:, None, None, None]                               # where s is the image itself
+        alpha_s, sigma_s = alpha_s.masked_fill(clean, 1.0), sigma_s.masked_fill(clean, 0.0)
+        beta, variance = self.betas[t][:, None, None, None], self.posterior_variance[t][:, None, None, None]
+        mean = (alpha_s * beta * x_0 + (1 - beta).sqrt() * sigma_s**2 * x_t) / sigma_t**2  # eq. 7
+        return mean + variance.sqrt() * torch.randn_like(x_t)               # no noise where t = 0: the variance is 0
+
+    def timesteps(self, sampler="dpm++", steps=None):
+        """The strictly decreasing list of timesteps that a sampler visits. After the last comes the clean image."""
+        if sampler not in ("ddpm", "ddim", "dpm++"):
+            raise ValueError(f"sampler must be ddpm, ddim or dpm++, got {sampler!r}")
+        if steps is None:
+            steps = min({"ddpm": self.n_steps, "ddim": 50, "dpm++": 20}[sampler], self.n_steps)
+        if not 1 <= steps <= self.n_steps:
+            raise ValueError(f"steps must be in 1..{self.n_steps}, the n_steps of this model, got {steps}")
+        if sampler != "dpm++":
+            return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
+        # Even in lambda = log(alpha / sigma), the best spacing for small images (Lu et al. 2022).
+        alphas, sigmas = self.sqrt_alphas_cumprod.cpu().double(), self.sqrt_one_minus_alphas_cumprod.cpu().double()
+        lambdas = (alphas / sigmas).log()                                   # decreasing
+        # The last steps of the cosine schedule hold nothing but noise: start no lower than -5.1 there.
+        start = lambdas[lambdas >= -5.1].min() if self.schedule == "cosine" else lambdas[-1]
+        wanted = torch.linspace(start.item(), lambdas[0].item(), steps, dtype=torch.float64, device="cpu")
+        midpoints = (lambdas[1:] + lambdas[:-1]) / 2
+        nearest = torch.searchsorted(-midpoints, -wanted)                   # (steps,) in 0..n_steps-1
+        return sorted(set(nearest.tolist()), reverse=True)
+
+    @torch.inference_mode()
+    def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
+               strength=1.0, mask=None, progress=True, callback=None, x_T=None):
+        """Draw images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
+
+        sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.) or "dpm++" (DPM-Solver++(2M), Lu et al.).
+        steps: calls of the network, 1..n_steps; None: n_steps, 50 and 20. dpm++ drops timesteps that would come twice.
+        y: labels (N,). guidance: 1 draws as trained, more is more typical of the class, at twice the time.
+        seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's own random state stays.
+        init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
+        mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
+        callback(i, t, x_t, x_0): called in step i with the images at timestep t and what the network takes them for.
+        x_T (N, C, H, W): the starting noise, in place of the seed's.
+        """
+        device = self.betas.device
+        y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
+        timesteps = self.timesteps(sampler, steps)
+        if init_image is not None:
+            timesteps = [t for t in timesteps if t <= strength * self.n_steps and strength > 0]
+            if not timesteps:
+                return init_image
+        seed = secrets.randbits(31) if seed is None else seed
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
+
+        def draw_noise():
+            return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+
+        alphas = self.sqrt_alphas_cumprod.tolist() + [1.0]                  # the added last entry is the clean image
+        sigmas = self.sqrt_one_minus_alphas_cumprod.tolist() + [0.0]
+        clean = self.n_steps
+        x_t = draw_noise() if x_T is None else x_T                          # Algorithm 2, line 1
+        if init_image is not None:
+            x_t = alphas[timesteps[0]] * init_image + sigmas[timesteps[0]] * x_t
+        x_0 = h = None
+        with eval_mode(self.model), autocast(device):
+            pairs = list(zip(timesteps, timesteps[1:] + [clean]))
+            for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; s is the timestep after t
+                t_batch = torch.full(shape[:1], t, device=device)
+                x_0_previous, x_0 = x_0, self.predict_x_start(x_t, t_batch, y, guidance)
+                if callback is not None:
+                    callback(i, t, x_t, x_0)
+                alpha_t, sigma_t, alpha_s, sigma_s = alphas[t], sigmas[t], alphas[s], sigmas[s]
+                D, spread = x_0, 0.0
+                if sampler == "dpm++" and s != clean:                       # Lu et al. 2022, Algorithm 2
+                    h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
+                    if i > 0:
+                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)
+                if sampler == "ddpm":                                       # eq. 7, also where timesteps are skipped
+                    spread = sigma_s / sigma_t * math.sqrt(max(0.0, 1 - (alpha_t / alpha_s) ** 2))
+                noise = (x_t - alpha_t * D) / sigma_t
+                x_t = alpha_s * D + math.sqrt(max(0.0, sigma_s**2 - spread**2)) * noise  # Song et al. 2021, eq. 12
+                if spread > 0:
+                    x_t = x_t + spread * draw_noise()
+                if mask is not None:                                        # what is kept becomes as noisy as the rest
+                    x_t = mask * x_t + (1 - mask) * (alpha_s * init_image + sigma_s * draw_noise())
+        return x_t
+
+    def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
+        """The tensors, on the device; a ValueError where `sample` cannot do what is asked."""
+        def tensor(value, dtype=torch.float32):
+            return None if value is None else torch.as_tensor(value, dtype=dtype, device=self.betas.device)
+
+        y, init_image, mask, x_T = tensor(y, torch.int64), tensor(init_image), tensor(mask), tensor(x_T)
+        num_classes = getattr(self.model, "num_classes", None)
+        for name, value, wanted in (("y", y, shape[:1]), ("init_image", init_image, shape), ("x_T", x_T, shape)):
+            if value is not None and tuple(value.shape) != tuple(wanted):
+                raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
+        if y is not None and num_classes is not None and not 0 <= y.min() <= y.max() <= num_classes:
+            raise ValueError(f"labels must be in 0..{num_classes}, where {num_classes} is no class, got {y.tolist()}")
+        if guidance != 1 and (y is None or num_classes is None):
+            raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
+        if mask is not None and init_image is None:
+            raise ValueError("a mask needs an init_image whose pixels to keep")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be in 0..1, got {strength}")
+        return y, init_image, mask, x_T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The whole: SimpleDiffusion (network, process, configuration) and its file
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path to write to, and move it to `path` only when all of it is on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, where the disk is full
+        raise OSError(f"{path} could not be written, what was there is unchanged: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged or foreign file makes go wrong inside the block becomes a ValueError that names the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        yield
+    except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
+        raise ValueError(f"{path} is damaged, or no file of this project: {first_line(error)}") from None
+
+
+def read_tensors(path):
+    """What torch.save wrote, checked and without running code that the file may hold."""
+    with zipfile.ZipFile(path) as archive:  # torch itself ignores the checksums
+        if archive.testzip() or sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its checksums or sizes are wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_weights(module, weights, limit, assign=False):
+    """Load a state dict that may hold anything. limit: how many bytes it may claim, since a tensor may repeat its own."""
+    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > limit:
+        raise ValueError("its tensors are larger than the file")
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} does not hold finite numbers")
+    try:
+        module.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"weights and configuration differ: {' '.join(str(error).split())}") from None
+
+
+class SimpleDiffusion(nn.Module):
+    """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn with.
+
+    With class_names (or num_classes) the network is conditional. unet_options: the other options of SimpleUNet.
+    """
+
+    def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
+                 class_names=None, beta_start=1e-4, beta_end=0.02, **unet_options):
+        super().__init__()
+        self.image_size, self.class_names = image_size, None if class_names is None else list(class_names)
+        if self.class_names is not None and unet_options.setdefault("num_classes", len(class_names)) != len(class_names):
+            raise ValueError(f"{len(class_names)} class names for {unet_options['num_classes']} classes")
+        with torch.device("meta"):  # where nothing is allocated
+            size = sum(parameter.numel() for parameter in SimpleUNet(hidden_channels=hidden_channels, **unet_options).parameters())
+        if size > 10**9:
+            raise ValueError(f"a network of {size / 1e9:.0f} billion parameters is too large: lower hidden_channels")
+        network = SimpleUNet(hidden_channels=hidden_channels, **unet_options)
+        if image_size < 1 or image_size % network.multiple:
+            raise ValueError(f"image_size must be a multiple of {network.multiple}, got {image_size}: each level of the "
+                             f"network after the first halves it")
+        self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction)
+
+    @property
+    def model(self):
+        """The SimpleUNet."""
+        return self.diffusion.model
+
+    def forward(self, x, y=None):
+        """The training loss: x (B, C, S, S) in [-1, 1], y (B,) int64 or None -> scalar."""
+        return self.diffusion(x, y)
+
+    def sample(self, batch_size=4, **options):
+        """Draw images: -> (batch_size, C, S, S) in [0, 1]. The options are those of DiffusionModel.sample, where
+        init_image is in [-1, 1]. y=None draws without a class."""
+        shape = (batch_size, self.model.config["in_channels"], self.image_size, self.image_size)
+        return (self.diffusion.sample(shape, **options) + 1) / 2
+
+    def save(self, path="diffusion_model.pth", **info):
+        """Write weights (float16) and configuration: all that `load` needs. info: numbers and strings, for humans."""
+        weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.model.state_dict().items()}
+        with replacing(path) as temporary:
+            torch.save(dict(model_config=self.model.config, diffusion_config=self.diffusion.config,
+                            model_state_dict=weights, image_size=self.image_size, class_names=self.class_names,
+                            info=info), temporary)
+
+    @classmethod
+    def load(cls, path="diffusion_model.pth", device=None):
+        """Read what `save` wrote, onto `device` (None: the best there is), in eval mode.
+
+        Raises FileNotFoundError, or a ValueError that says what is wrong with the file.
+        """
+        with reading(path):
+            saved = read_tensors(path)
+            weights = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor  # of DDP and torch.compile
+                       for name, tensor in saved["model_state_dict"].items()}
+            with torch.device("meta"):  # a configuration can claim any size: compare it with the weights first
+                model = cls(image_size=saved["image_size"], class_names=saved["class_names"],
+                            **saved["model_config"], **saved["diffusion_config"])
+            load_weights(model.model, weights, os.path.getsize(path), assign=True)
+        return model.to(pick_device(device)).eval()
+
+
+def pick_device(name=None):
+    """MPS, then CUDA, then CPU. With a name that very device, or a ValueError where it is not to be had."""
+    if name is not None:
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} is not to be had here: {first_line(error)}") from None
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Data, training, the command line
+
+
+def from_uint8(pixels):
+    """Pixels 0..255 -> images in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Images in [0, 1] -> pixels 0..255, rounded."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+SHAPES = {  # name: which points of the square from -1 to 1 belong to it (y points down)
+    "circle": lambda x, y: x**2 + y**2 < 0.8,
+    "ring": lambda x, y: (x**2 + y**2 < 0.9) & (x**2 + y**2 > 0.3),
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.75,
+    "frame": lambda x, y: (torch.maximum(x.abs(), y.abs()) - 0.7).abs() < 0.2,
+    "diamond": lambda x, y: x.abs() + y.abs() < 1,
+    "triangle": lambda x, y: (y < 0.8) & (x.abs() < (y + 1) / 2),
+    "plus": lambda x, y: (torch.minimum(x.abs(), y.abs()) < 0.28) & (torch.maximum(x.abs(), y.abs()) < 0.95),
+    "cross": lambda x, y: ((x.abs() - y.abs()).abs() < 0.35) & (torch.maximum(x.abs(), y.abs()) < 0.85),
+    "bar": lambda x, y: (x.abs() < 0.95) & (y.abs() < 0.3),
+    "stripes": lambda x, y: (torch.maximum(x.abs(), y.abs()) < 0.95) & (torch.cos(9.9 * x) > 0),
+}
+
+
+def draw_shapes(image_size, count, seed=0):
+    """Ten classes of coloured shapes, the same for a seed: -> uint8 (count, 3, S, S), labels (count,), class names."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(len(SHAPES), (count,), generator=generator)
+    place = torch.rand(count, 3, generator=generator)                       # radius and centre
+    paint = torch.rand(count, 2, 3, generator=generator) * 90               # dark and bright, in either order
+    paint[torch.arange(count), torch.randint(2, (count,), generator=generator)] += 150
+    axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points a pixel
+    images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
+    for i, (radius, centre_x, centre_y) in enumerate(place.tolist()):
+        x, y = ((axis - (centre - 0.5) / 4) / (0.55 + 0.3 * radius) for centre in (centre_x, centre_y))
+        inside = list(SHAPES.values())[labels[i]](*torch.meshgrid(x, y, indexing="xy"))
+        cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): the share of each pixel
+        shape, ground = paint[i, :, :, None, None]
+        images[i] = (cover * shape + (1 - cover) * ground).round()
+    return images, labels, list(SHAPES)
+
+
+def read_picture(path, image_size):
+    """Any picture file -> uint8 (3, S, S): upright, RGB, white where transparent, resized and cropped to its centre."""
+    import numpy
+    from PIL import Image, ImageOps
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode.startswith(("I", "F")):  # 16 bits and more, which PIL would cut off at 255
+            values = numpy.asarray(picture, dtype=float)
+            picture = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype("uint8"))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return torch.tensor(numpy.asarray(ImageOps.fit(picture.convert("RGB"), [image_size] * 2))).permute(2, 0, 1)
+    except Exception as error:  # PIL raises many kinds
+        raise ValueError(f"{path}: not a readable picture: {first_line(error)}") from None
+
+
+def load_folder(folder, image_size, limit):
+    """All pictures below `folder`. Its immediate subfolders are the classes, unless pictures lie beside them."""
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != ".")[:limit]
+    if not paths:
+        raise ValueError(f"{folder}: no pictures found ({' '.join(sorted(suffixes))})")
+    check_size(len(paths), image_size)
+    images = torch.stack([read_picture(path, image_size) for path in paths])
+    parts = [path.relative_to(folder).parts for path in paths]
+    if any(len(part) == 1 for part in parts):
+        return images, None, None
+    class_names = sorted({part[0] for part in parts})
+    return images, torch.tensor([class_names.index(part[0]) for part in parts]), class_names
+
+
+def check_size(count, image_size):
+    if count * 3 * image_size**2 > 2**35:
+        raise ValueError(f"{count} images of {image_size}x{image_size} pixels need {count * 3 * image_size**2 / 2**30:.0f} GB "
+                         f"of memory: lower --image-size or --limit")
+
+
+def is_cifar10(data):
+    return data == "cifar10" or (Path(data) / "cifar-10-batches-py").is_dir()
+
+
+def load_images(data, image_size=32, limit=None):
+    """Read a data set: -> images uint8 (N, 3, S, S), labels int64 (N,) or None, class_names or None.
+
+    data: "cifar10" (in ./data, downloaded where missing), a folder that holds cifar-10-batches-py, any other folder of
+    images, or "shapes". limit: the first images only. Raises a ValueError that says what is wrong and what to do.
+    """
+    if data == "shapes":
+        check_size(limit or 10_000, image_size)
+        return draw_shapes(image_size, limit or 10_000)
+    if not is_cifar10(data):
+        if not Path(data).is_dir():
+            raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
+        return load_folder(Path(data), image_size, limit)
+    from torchvision.datasets import CIFAR10
+    root = "data" if data == "cifar10" else data
+    try:
+        cifar = CIFAR10(root, train=True, download=data == "cifar10")       # checks what is there, byte for byte
+    except Exception as error:  # no network, a full disk, a file cut off
+        raise ValueError(f"CIFAR-10 is not to be had ({first_line(error)}): put cifar-10-python.tar.gz of "
+                         f"https://www.cs.toronto.edu/~kriz/cifar.html into {Path(root).resolve()} and use --data cifar10, "
+                         f"or train without a download: --data shapes, or --data FOLDER of your images") from None
+    images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
+    check_size(len(images), image_size)
+    if image_size != 32:
+        images = torch.cat([F.interpolate(part.float(), (image_size, image_size), mode="bilinear", antialias=True)
+                            .round().to(torch.uint8) for part in images.split(1000)])
+    return images, labels, cifar.classes
+
+
+def option(default, meaning, **rules):
+    """A field of TrainConfig. rules: the least value (low), choices, and the type where the default does not tell it."""
+    return field(default=default, metadata=dict(meaning=meaning, **rules))
+
+
+@dataclass
+class TrainConfig:
+    """Every option of a run. The flags are the same names with dashes: image_size is --image-size."""
+
+    data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
+    out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
+    image_size: int = option(32, "height and width; other images are resized and cropped to the centre", low=1)
+    limit: int = option(None, "use the first LIMIT images only", low=1, type=int)
+    epochs: int = option(100, "passes over the data", low=1)
+    batch_size: int = option(128, "images a step, over all processes", low=1)
+    lr: float = option(4e-4, "peak learning rate, after the warm-up and before the decay to 0", low=1e-12)
+    hidden_channels: int = option(64, "channels of the first level", low=1)
+    channel_mults: tuple = option((1, 2, 4), "channels of each level, as multiples of the first", low=1)
+    num_res_blocks: int = option(2, "residual blocks a level", low=1)
+    attention_levels: tuple = option((1, 2), "levels that have attention; 0 is the full size", low=0)
+    num_heads: int = option(4, "heads of the attention", low=1)
+    dropout: float = option(0.0, "share of the residual blocks' values dropped in training", low=0.0, below=1.0)
+    n_steps: int = option(1000, "timesteps of the diffusion process", low=1)
+    schedule: str = option("linear", "noise schedule", choices=("linear", "cosine"))
+    prediction: str = option("v", "what the network predicts", choices=("v", "noise"))
+    unconditional: bool = option(False, "ignore the classes of the data")
+    sample_every: int = option(5, "epochs from one grid of samples and export to the next", low=1)
+    seed: int = option(0, "of the weights, the order of the data and all noise", low=0)
+    device: str = option(None, "mps, cuda or cpu; by default the first of them that is there", type=str)
+    compile: bool = option(False, "compile the network with torch.compile")
+    tensorboard: bool = option(False, "write loss curves to OUT/tensorboard")
+    restart: bool = option(False, "begin again, even where a stopped run could go on")
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value, rules, flag = getattr(self, entry.name), entry.metadata, "--" + entry.name.replace("_", "-")
+            if isinstance(entry.default, tuple):
+                setattr(self, entry.name, tuple(value))
+            for number in (value if isinstance(entry.default, tuple) else [value]) if "low" in rules else []:
+                if number is not None and not rules["low"] <= number < rules.get("below", math.inf):
+                    below = f" and below {rules['below']}" if "below" in rules else ""
+                    raise ValueError(f"{flag} must be at least {rules['low']}{below}, got {number}")
+            if "choices" in rules and value not in rules["choices"]:
+                raise ValueError(f"{flag} must be one of {', '.join(rules['choices'])}, got {value}")
+
+
+# What may change when a run goes on. All else must be as it was, or it would be another run.
+FREE_TO_CHANGE = ("out", "epochs", "sample_every", "device", "compile", "tensorboard", "restart")
+
+
+def learning_rate(step, total_steps, peak):
+    """Warm-up over 500 steps (5 % of a short run), times a cosine decay to zero. step: 0..total_steps-1."""
+    warmup = min(500, max(1, total_steps // 20))
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Average the weights of the `step` steps done, each half as heavy as one 3 % of the run later: no run is too short."""
+    decay = 0.5 ** (1 / (0.03 * step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def training_batch(images, labels, index, num_classes):
+    """The images at `index`, half of them flipped, one label in ten dropped: -> x (B, C, S, S) in [-1, 1], y or None."""
+    x = from_uint8(images[index])
+    flipped = torch.rand(len(index), device=x.device) < 0.5
+    x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+    if labels is None:
+        return x, None
+    dropped = torch.rand(len(index), device=x.device) < 0.1
+    return x, labels[index].masked_fill(dropped, num_classes)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next tensor: fresh pages cost a fifth of a training step on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux with glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+class TrainingRun:
+    """All that a run consists of: the data, the network, its average, the optimiser, and how far it has come.
+
+    What is random in a step follows from the seed, the step and the process alone. So a run that was stopped anywhere
+    goes on as if it had not been, and there is no random state to save.
+    """
+
+    def __init__(self, config):
+        self.config, self.out = config, Path(config.out).resolve()
+        self.state_path = self.out / "training_state.pth"
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+        self.device = start_device(config.device, self.world)
+        self.step, self.seconds, self.order = 0, 0.0, None
+        self.epoch_losses, self.losses, self.pending = [], [], []  # means of epochs, this epoch's, not yet fetched
+        state = self.read_state() if self.state_path.exists() and not config.restart else None
+
+        images, labels, class_names = load_images(config.data, config.image_size, config.limit)
+        if config.unconditional:
+            labels = class_names = None
+        self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
+        self.batch_size = min(config.batch_size, len(images)) // self.world * self.world
+        if self.batch_size == 0 or config.batch_size % self.world:
+            raise ValueError(f"--batch-size {config.batch_size} on {len(images)} images cannot be shared evenly by "
+                             f"{self.world} processes")
+        self.steps_per_epoch = len(images) // self.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+
+        torch.manual_seed(config.seed)
+        # On MPS channels_last is slow and has been wrong.
+        self.layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+        self.model = SimpleDiffusion(
+            config.image_size, config.n_steps, config.hidden_channels, config.schedule, config.prediction, class_names,
+            channel_mults=config.channel_mults, num_res_blocks=config.num_res_blocks, dropout=config.dropout,
+            attention_levels=config.attention_levels, num_heads=config.num_heads)
+        self.model.to(self.device, memory_format=self.layout)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                           fused=self.device.type != "mps")
+        if state is not None:
+            self.restore(state)
+        self.loss = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(self.model)
+        if config.compile:
+            self.compile()
+        self.tensorboard = None
+        if config.tensorboard and self.rank == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard needs another package: pip install tensorboard") from None
+            self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def batch(self, index):
+        x, y = training_batch(self.images, self.labels, index.to(self.device), self.model.model.num_classes)
+        return x.contiguous(memory_format=self.layout), y
+
+    def compile(self):
+        """Compile the loss, and try it on a batch; where that fails, warn and go on without."""
+        try:
+            compiled = torch.compile(self.loss)
+            with autocast(self.device):
+                compiled(*self.batch(torch.arange(self.batch_size // self.world))).backward()
+            self.loss = compiled
+        except Exception as error:  # no compiler, a platform it does not know, ...
+            print(f"warning: --compile does not work here, going on without: {first_line(error)}", file=sys.stderr)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def train_step(self):
+        """One pass through the loop of Algorithm 1."""
+        epoch, i = divmod(self.step, self.steps_per_epoch)
+        if self.order is None or i == 0:
+            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
+            self.order = torch.randperm(len(self.images), generator=generator)
+        torch.manual_seed((1_000_003 * self.config.seed + self.step) * self.world + self.rank)
+        whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
+        x, y = self.batch(whole_batch[self.rank::self.world])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, self.config.lr)
+        with autocast(self.device):
+            loss = self.loss(x, y)
+        loss.backward()
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        update_ema(self.ema, self.model, self.step)
+        self.pending.append(torch.stack([loss.detach(), gradient_norm]))
+
+    def fetch_losses(self):
+        """Fetch the pending losses from the device, many at once since a GPU stands still for it, and check them."""
+        first_step = self.step - len(self.pending) + 1
+        for step, values in enumerate(self.pending, start=first_step):
+            loss, gradient_norm = values.tolist()
+            if not math.isfinite(loss + gradient_norm):
+                raise FloatingPointError(f"the loss is not finite at step {step} (loss {loss}, gradient norm {gradient_norm})"
+                                         f": try a lower --lr; the last good state stays in {self.state_path}")
+            self.losses.append(loss)
+            if self.tensorboard:
+                self.tensorboard.add_scalar("loss", loss, step)
+        self.pending = []
+
+    def save_state(self):
+        self.fetch_losses()  # raises where something has gone wrong: then the last good state stays
+        if self.rank == 0:
+            with replacing(self.state_path) as temporary:
+                torch.save(dict(model=self.model.model.state_dict(), ema=self.ema.model.state_dict(),
+                                optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds,
+                                images=len(self.images), epoch_losses=self.epoch_losses, losses=self.losses,
+                                config=asdict(self.config)), temporary)
+
+    def read_state(self):
+        with reading(self.state_path):
+            state = read_tensors(self.state_path)
+            was = TrainConfig(**state["config"])
+            state["step"], state["seconds"] = int(state["step"]), float(state["seconds"])
+        for entry in fields(TrainConfig):
+            old, new = getattr(was, entry.name), getattr(self.config, entry.name)
+            if old != new and entry.name not in FREE_TO_CHANGE:
+                raise ValueError(f"this run was begun with --{entry.name.replace('_', '-')} {old}, not {new}: use the same, "
+                                 f"another --out, or --restart")
+        self.say(f"going on from step {state['step']} of {self.state_path} (--restart would begin again)")
+        return state
+
+    def restore(self, state):
+        with reading(self.state_path):
+            if state["images"] != len(self.images):
+                raise ValueError(f"the data held {state['images']} images, now {len(self.images)}")
+            size = self.state_path.stat().st_size
+            load_weights(self.model.model, state["model"], size)
+            load_weights(self.ema.model, state["ema"], size)
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in self.optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of this device
+                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.epoch_losses, self.losses = list(state["epoch_losses"]), list(state["losses"])
+
+    def begin(self):
+        """Say what is trained on what; at the very start, show what the network is fed and keep an older checkpoint."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        kind = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        self.say(f"device   {self.device} ({kind}), {'bfloat16' if has_bfloat16(self.device) else 'float32'}, "
+                 f"{self.world} process{'es' * (self.world > 1)}")
+        self.say(f"network  {size / 1e6:.1f} M parameters, {self.model.model.num_classes or 'no'} classes")
+        self.say(f"data     {len(self.images):,} images of {self.config.data}, {self.config.image_size} pixels wide")
+        self.say(f"training {self.config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}"
+                 + f" (the data holds no {self.config.batch_size})" * (self.batch_size < self.config.batch_size))
+        self.say(f"files    {self.out}")
+        if self.rank > 0 or self.step > 0:
+            return
+        checkpoint = self.out / "diffusion_model.pth"
+        if checkpoint.exists():
+            with replacing(f"{checkpoint}.bak") as temporary:
+                temporary.write_bytes(checkpoint.read_bytes())
+        x, _ = self.batch(torch.arange(min(64, len(self.images))))
+        save_grid((x + 1) / 2, self.out / "samples" / "data.png", columns=8)
+        plot_noising(x[0].cpu(), self.config, self.out / "samples" / "noising.png")
+        self.save_state()  # now, so that a disk that is full or a folder that cannot be written shows at once
+
+    def end_epoch(self, bar):
+        """Report; every few epochs, and after the last, draw samples and export the model."""
+        config, epoch = self.config, self.step // self.steps_per_epoch
+        self.fetch_losses()
+        self.epoch_losses.append(statistics.fmean(self.losses))
+        self.losses = []
+        speed = self.step * self.batch_size / self.seconds
+        left = (self.total_steps - self.step) * self.batch_size / speed
+        if self.rank > 0:
+            return
+        bar.write(f"epoch {epoch:3d}/{config.epochs}  loss {self.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
+                  f"{left / 60:.0f} minutes left")
+        sys.stdout.flush()
+        if epoch % config.sample_every and epoch < config.epochs:
+            return
+        classes = self.model.model.num_classes
+        images = self.ema.sample(4, y=classes and [i % classes for i in range(4)], seed=config.seed, progress=False)
+        save_grid(images, self.out / "samples" / f"epoch_{epoch:04d}.png", columns=2)
+        plot_losses(self.epoch_losses, self.out / "samples" / "loss.png")
+        info = dict(
+            architecture=f"SimpleUNet, {config.hidden_channels} channels x {config.channel_mults}, {config.num_res_blocks} "
+                         f"blocks a level, attention at levels {config.attention_levels}",
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            dataset="CIFAR-10" if is_cifar10(config.data) else config.data, images_seen=self.step * self.batch_size,
+            epochs=epoch, batch_size=self.batch_size, learning_rate=config.lr,
+            optimizer="AdamW, betas 0.9 0.99, weight decay 0.01, gradient norm 1, cosine decay",
+            prediction=config.prediction, schedule=config.schedule, n_steps=config.n_steps,
+            final_loss=round(self.epoch_losses[-1], 5), training_minutes=round(self.seconds / 60, 1),
+            device=str(self.device), torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), license="MIT")
+        self.ema.save(self.out / "diffusion_model.pth", **info)
+        info["sha256"] = hashlib.sha256((self.out / "diffusion_model.pth").read_bytes()).hexdigest()
+        with replacing(self.out / "model_info.json") as temporary:
+            temporary.write_text(json.dumps(info, indent=2) + "\n")
+
+
+def start_device(name, world):
+    """The device to train on; under torchrun also the connection between the processes."""
+    device = pick_device(name)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect Ctrl-C and SIGTERM in a list, so that the batch in hand can be finished; a second one ends at once."""
+    received, handlers = [], {}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    if threading.current_thread() is threading.main_thread():  # others may not handle signals
+        handlers.update({number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def any_process(received, world):
+    """The signal that one of the processes has received, or 0: all have to stop after the same step."""
+    number = torch.tensor(received[0] if received else 0)
+    if world > 1:
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return number.item()
+
+
+def train(config):
+    """Train as `config` says, or go on with such a run: -> the SimpleDiffusion with the averaged weights, in eval mode.
+
+    Raises ValueError or OSError where an option, the data or a file is wrong, FloatingPointError where the loss is not
+    finite, and SystemExit (130 or 143) after Ctrl-C or SIGTERM, with the state saved.
+    """
+    from tqdm import tqdm
+    keep_freed_memory()
+    torch.set_flush_denormal(True)  # numbers too small to matter make a CPU many times slower
+    torch.backends.cudnn.benchmark = True
+    run = TrainingRun(config)
+    if run.step >= run.total_steps:
+        run.say(f"this run is finished, after {len(run.epoch_losses)} epochs: more --epochs go on, --restart begins again")
+        return run.ema
+    run.begin()
+    bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images", unit_scale=True,
+               dynamic_ncols=True, disable=run.rank > 0 or not sys.stderr.isatty())
+    saved = fetched = time.monotonic()
+    with bar, stop_signals() as received:
+        while run.step < run.total_steps:
+            started = time.monotonic()
+            run.train_step()
+            now = time.monotonic()
+            run.seconds += now - started
+            bar.update(run.batch_size)
+            if now - fetched > 1:
+                run.fetch_losses()
+                bar.set_postfix(loss=f"{statistics.fmean(run.losses[-100:]):.4f}")
+                fetched = now
+            stop, epoch_done = any_process(received, run.world), run.step % run.steps_per_epoch == 0
+            if epoch_done:
+                run.end_epoch(bar)
+            if epoch_done or stop or now - saved > 300:
+                run.save_state()
+                saved = now
+            if stop:
+                run.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
+                sys.exit(128 + stop)
+    run.say(f"wrote {run.out / 'diffusion_model.pth'}: draw from it with python inference_example.py")
+    return run.ema
+
+
+def save_grid(images, path, columns, scale=None):
+    """Write images (N, C, S, S) in [0, 1] as one PNG, enlarged by a whole factor (None: to about 128 pixels each)."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+    scale = max(1, 128 // images.shape[-1]) if scale is None else scale
+    pixels = to_uint8(images.cpu()).repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    with replacing(path) as temporary:
+        Image.fromarray(make_grid(pixels, nrow=columns).permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+
+def plot_losses(losses, path):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure.add_subplot(xlabel="epoch", ylabel="training loss").plot(range(1, len(losses) + 1), losses, marker=".")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def plot_noising(image, config, path):
+    """One image (C, S, S) in [-1, 1] at five timesteps, and how much the two schedules leave of an image."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    process = DiffusionModel(None, config.n_steps, schedule=config.schedule)
+    for column, share in enumerate((0, 0.1, 0.3, 0.5, 1), start=1):
+        t = min(round(share * config.n_steps), config.n_steps - 1)
+        axes = figure.add_subplot(2, 5, column, title=f"t = {t}")
+        axes.imshow(to_uint8((process.q_sample(image[None], torch.tensor([t]))[0] + 1) / 2).permute(1, 2, 0))
+        axes.axis("off")
+    axes = figure.add_subplot(2, 1, 2, xlabel="t", ylabel="alphas_cumprod")
+    for schedule in ("linear", "cosine"):
+        axes.plot(DiffusionModel(None, config.n_steps, schedule=schedule).alphas_cumprod, label=schedule)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def ends_in_one_line(main):
+    """Let what a user can cause end in one line that begins with error: and in exit code 2."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except (ValueError, OSError, FloatingPointError) as error:
+            message = " ".join(str(error).split())
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            message = f"out of memory: lower --batch-size, --hidden-channels or --image-size ({first_line(error)})"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    return wrapped
+
+
+@ends_in_one_line
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for entry in fields(TrainConfig):
+        flag, default, meaning = "--" + entry.name.replace("_", "-"), entry.default, entry.metadata["meaning"]
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=meaning)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, type=int, nargs="*", default=default, help=f"{meaning} ({default})")
+        else:
+            parser.add_argument(flag, type=entry.metadata.get("type", type(default)), default=default,
+                                help=f"{meaning} ({default})", metavar="")
+    train(TrainConfig(**vars(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""What the tests share. They need no network, no GPU and no data set."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+TINY = dict(hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, time_dim=16)
+
+
+def perturb(module, seed=0):
+    """Add 0.02 * randn to every parameter: layers that start at zero would hide what lies before them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def run(script, *args, cwd, timeout=240, **env):
+    """Run `python SCRIPT ARGS` of this repository in the folder `cwd`: -> CompletedProcess with text output."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True, timeout=timeout, env={**os.environ, **env})
+
+
+def assert_error(process, *words):
+    """The run ended as a user's mistake must: exit code 2, one line that begins with error: and holds all `words`."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture
+def tiny_model():
+    """A conditional SimpleDiffusion for 8x8 images in three classes, its weights perturbed."""
+    import diffusion_model
+    torch.manual_seed(0)
+    return perturb(diffusion_model.SimpleDiffusion(8, class_names=["a", "b", "c"], **TINY)).eval()
