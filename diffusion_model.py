@@ -367,7 +367,7 @@ class DiffusionModel(nn.Module):
         sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.) or "dpm++" (DPM-Solver++(2M), Lu et al.).
         steps: calls of the network, 1..n_steps; None: n_steps, 50 and 20. dpm++ drops timesteps that would come twice.
         y: labels (N,). guidance: 1 draws as trained, more is more typical of the class, at twice the time.
-        seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's own random state stays.
+        seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's own state is left alone.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and what the network takes them for.
@@ -377,9 +377,11 @@ class DiffusionModel(nn.Module):
         y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
         timesteps = self.timesteps(sampler, steps)
         if init_image is not None:
-            timesteps = [t for t in timesteps if t <= strength * self.n_steps and strength > 0]
-            if not timesteps:
+            if strength == 0:
                 return init_image
+            timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]
+            if not timesteps:
+                raise ValueError(f"strength {strength} is below the first of so few steps: take more")
         seed = secrets.randbits(31) if seed is None else seed
         generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
 
@@ -430,6 +432,8 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"labels must be in 0..{num_classes}, where {num_classes} is no class, got {y.tolist()}")
         if guidance != 1 and (y is None or num_classes is None):
             raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
+        if shape[0] < 1:
+            raise ValueError(f"at least one image must be asked for, got {shape[0]}")
         if mask is not None and init_image is None:
             raise ValueError("a mask needs an init_image whose pixels to keep")
         if not 0 <= strength <= 1:
@@ -441,8 +445,8 @@ class DiffusionModel(nn.Module):
 # 3. The whole: SimpleDiffusion (network, process, configuration) and its file
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def brief(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -456,8 +460,8 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save, where the disk is full
-        raise OSError(f"{path} could not be written, what was there is unchanged: {first_line(error)}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
+        raise OSError(f"{path} could not be written, what was there is unchanged: {brief(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -470,28 +474,25 @@ def reading(path):
     try:
         yield
     except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
-        raise ValueError(f"{path} is damaged, or no file of this project: {first_line(error)}") from None
+        raise ValueError(f"{path} is damaged, or no file of this project: {brief(error)}") from None
 
 
 def read_tensors(path):
-    """What torch.save wrote, checked and without running code that the file may hold."""
-    with zipfile.ZipFile(path) as archive:  # torch itself ignores the checksums
+    """What torch.save wrote to `path`, without running code that the file may hold."""
+    with zipfile.ZipFile(path) as archive:  # torch ignores the checksums, and would unpack a zip bomb
         if archive.testzip() or sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
             raise ValueError("its checksums or sizes are wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_weights(module, weights, limit, assign=False):
-    """Load a state dict that may hold anything. limit: how many bytes it may claim, since a tensor may repeat its own."""
-    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > limit:
-        raise ValueError("its tensors are larger than the file")
+def load_weights(network, weights, assign=False):
+    """Load a state dict that may hold anything. assign: where the network lies on the meta device."""
     for name, tensor in weights.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{name} does not hold finite numbers")
-    try:
-        module.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=assign)
-    except RuntimeError as error:
-        raise ValueError(f"weights and configuration differ: {' '.join(str(error).split())}") from None
+        # By repeating its values, a tensor can claim to hold more of them than the file does.
+        repeats = tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+        if repeats or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{name} does not hold {tensor.numel()} finite numbers")
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=assign)
 
 
 class SimpleDiffusion(nn.Module):
@@ -503,17 +504,19 @@ class SimpleDiffusion(nn.Module):
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
                  class_names=None, beta_start=1e-4, beta_end=0.02, **unet_options):
         super().__init__()
-        self.image_size, self.class_names = image_size, None if class_names is None else list(class_names)
-        if self.class_names is not None and unet_options.setdefault("num_classes", len(class_names)) != len(class_names):
-            raise ValueError(f"{len(class_names)} class names for {unet_options['num_classes']} classes")
+        if class_names is not None:
+            class_names = [str(name) for name in class_names]
+            if unet_options.setdefault("num_classes", len(class_names)) != len(class_names):
+                raise ValueError(f"{len(class_names)} class names for {unet_options['num_classes']} classes")
+        self.image_size, self.class_names = image_size, class_names
+        unet_options["hidden_channels"] = hidden_channels
         with torch.device("meta"):  # where nothing is allocated
-            size = sum(parameter.numel() for parameter in SimpleUNet(hidden_channels=hidden_channels, **unet_options).parameters())
+            size = sum(parameter.numel() for parameter in SimpleUNet(**unet_options).parameters())
         if size > 10**9:
-            raise ValueError(f"a network of {size / 1e9:.0f} billion parameters is too large: lower hidden_channels")
-        network = SimpleUNet(hidden_channels=hidden_channels, **unet_options)
-        if image_size < 1 or image_size % network.multiple:
-            raise ValueError(f"image_size must be a multiple of {network.multiple}, got {image_size}: each level of the "
-                             f"network after the first halves it")
+            raise ValueError(f"a network of {size / 1e9:,.0f} billion parameters is too large: lower hidden_channels")
+        network = SimpleUNet(**unet_options)
+        if not network.multiple <= image_size <= 4096 or image_size % network.multiple:
+            raise ValueError(f"image_size must be a multiple of {network.multiple}, up to 4096, got {image_size}")
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction)
 
     @property
@@ -547,12 +550,12 @@ class SimpleDiffusion(nn.Module):
         """
         with reading(path):
             saved = read_tensors(path)
-            weights = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor  # of DDP and torch.compile
+            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # of torch.compile and DDP
                        for name, tensor in saved["model_state_dict"].items()}
             with torch.device("meta"):  # a configuration can claim any size: compare it with the weights first
                 model = cls(image_size=saved["image_size"], class_names=saved["class_names"],
                             **saved["model_config"], **saved["diffusion_config"])
-            load_weights(model.model, weights, os.path.getsize(path), assign=True)
+            load_weights(model.model, weights, assign=True)
         return model.to(pick_device(device)).eval()
 
 
@@ -562,7 +565,7 @@ def pick_device(name=None):
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} is not to be had here: {first_line(error)}") from None
+            raise ValueError(f"--device {name} is not to be had here: {brief(error)}") from None
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -582,17 +585,17 @@ def to_uint8(images):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-SHAPES = {  # name: which points of the square from -1 to 1 belong to it (y points down)
-    "circle": lambda x, y: x**2 + y**2 < 0.8,
-    "ring": lambda x, y: (x**2 + y**2 < 0.9) & (x**2 + y**2 > 0.3),
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < 0.75,
-    "frame": lambda x, y: (torch.maximum(x.abs(), y.abs()) - 0.7).abs() < 0.2,
-    "diamond": lambda x, y: x.abs() + y.abs() < 1,
-    "triangle": lambda x, y: (y < 0.8) & (x.abs() < (y + 1) / 2),
-    "plus": lambda x, y: (torch.minimum(x.abs(), y.abs()) < 0.28) & (torch.maximum(x.abs(), y.abs()) < 0.95),
-    "cross": lambda x, y: ((x.abs() - y.abs()).abs() < 0.35) & (torch.maximum(x.abs(), y.abs()) < 0.85),
-    "bar": lambda x, y: (x.abs() < 0.95) & (y.abs() < 0.3),
-    "stripes": lambda x, y: (torch.maximum(x.abs(), y.abs()) < 0.95) & (torch.cos(9.9 * x) > 0),
+SHAPES = {  # which points belong to a shape; a and b are |x| and |y|, from 0 in the centre to 1 at the edge
+    "circle": lambda x, y, a, b: a**2 + b**2 < 0.8,
+    "ring": lambda x, y, a, b: (a**2 + b**2 - 0.6).abs() < 0.3,
+    "square": lambda x, y, a, b: torch.maximum(a, b) < 0.75,
+    "frame": lambda x, y, a, b: (torch.maximum(a, b) - 0.7).abs() < 0.2,
+    "diamond": lambda x, y, a, b: a + b < 1,
+    "triangle": lambda x, y, a, b: (y < 0.8) & (a < (y + 1) / 2),
+    "plus": lambda x, y, a, b: (torch.minimum(a, b) < 0.28) & (torch.maximum(a, b) < 0.95),
+    "cross": lambda x, y, a, b: ((a - b).abs() < 0.35) & (torch.maximum(a, b) < 0.85),
+    "bar": lambda x, y, a, b: (a < 0.95) & (b < 0.3),
+    "stripes": lambda x, y, a, b: (torch.maximum(a, b) < 0.95) & (torch.cos(9.9 * x) > 0),
 }
 
 
@@ -600,56 +603,53 @@ def draw_shapes(image_size, count, seed=0):
     """Ten classes of coloured shapes, the same for a seed: -> uint8 (count, 3, S, S), labels (count,), class names."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(len(SHAPES), (count,), generator=generator)
-    place = torch.rand(count, 3, generator=generator)                       # radius and centre
-    paint = torch.rand(count, 2, 3, generator=generator) * 90               # dark and bright, in either order
-    paint[torch.arange(count), torch.randint(2, (count,), generator=generator)] += 150
+    places = torch.rand(count, 3, generator=generator)                      # centre and radius
+    paints = torch.rand(count, 2, 3, generator=generator) * 90              # shape and ground: one dark, one bright
+    paints[torch.arange(count), torch.randint(2, (count,), generator=generator)] += 150
     axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points a pixel
     images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
-    for i, (radius, centre_x, centre_y) in enumerate(place.tolist()):
+    for i, (centre_x, centre_y, radius) in enumerate(places.tolist()):
         x, y = ((axis - (centre - 0.5) / 4) / (0.55 + 0.3 * radius) for centre in (centre_x, centre_y))
-        inside = list(SHAPES.values())[labels[i]](*torch.meshgrid(x, y, indexing="xy"))
+        x, y = torch.meshgrid(x, y, indexing="xy")
+        inside = list(SHAPES.values())[labels[i]](x, y, x.abs(), y.abs())
         cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): the share of each pixel
-        shape, ground = paint[i, :, :, None, None]
+        shape, ground = paints[i, :, :, None, None]
         images[i] = (cover * shape + (1 - cover) * ground).round()
     return images, labels, list(SHAPES)
 
 
 def read_picture(path, image_size):
-    """Any picture file -> uint8 (3, S, S): upright, RGB, white where transparent, resized and cropped to its centre."""
+    """Any picture file -> uint8 (3, S, S): upright, RGB, on white if transparent, resized, cropped to its centre."""
     import numpy
     from PIL import Image, ImageOps
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith(("I", "F")):  # 16 bits and more, which PIL would cut off at 255
             values = numpy.asarray(picture, dtype=float)
-            picture = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype("uint8"))
+            values = values / 257 if values.max() > 255 else values
+            picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return torch.tensor(numpy.asarray(ImageOps.fit(picture.convert("RGB"), [image_size] * 2))).permute(2, 0, 1)
     except Exception as error:  # PIL raises many kinds
-        raise ValueError(f"{path}: not a readable picture: {first_line(error)}") from None
+        raise ValueError(f"{path}: not a readable picture: {brief(error)}") from None
 
 
 def load_folder(folder, image_size, limit):
     """All pictures below `folder`. Its immediate subfolders are the classes, unless pictures lie beside them."""
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != ".")[:limit]
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    paths = sorted(paths)[:limit]
     if not paths:
         raise ValueError(f"{folder}: no pictures found ({' '.join(sorted(suffixes))})")
-    check_size(len(paths), image_size)
     images = torch.stack([read_picture(path, image_size) for path in paths])
-    parts = [path.relative_to(folder).parts for path in paths]
-    if any(len(part) == 1 for part in parts):
+    subfolders = [path.relative_to(folder).parts[:-1] for path in paths]
+    if not all(subfolders):
         return images, None, None
-    class_names = sorted({part[0] for part in parts})
-    return images, torch.tensor([class_names.index(part[0]) for part in parts]), class_names
-
-
-def check_size(count, image_size):
-    if count * 3 * image_size**2 > 2**35:
-        raise ValueError(f"{count} images of {image_size}x{image_size} pixels need {count * 3 * image_size**2 / 2**30:.0f} GB "
-                         f"of memory: lower --image-size or --limit")
+    class_names = sorted({parts[0] for parts in subfolders})
+    return images, torch.tensor([class_names.index(parts[0]) for parts in subfolders]), class_names
 
 
 def is_cifar10(data):
@@ -663,30 +663,30 @@ def load_images(data, image_size=32, limit=None):
     images, or "shapes". limit: the first images only. Raises a ValueError that says what is wrong and what to do.
     """
     if data == "shapes":
-        check_size(limit or 10_000, image_size)
-        return draw_shapes(image_size, limit or 10_000)
+        return draw_shapes(image_size, limit or 5_000)
     if not is_cifar10(data):
         if not Path(data).is_dir():
             raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
-    root = "data" if data == "cifar10" else data
+    root = Path("data" if data == "cifar10" else data)
     try:
         cifar = CIFAR10(root, train=True, download=data == "cifar10")       # checks what is there, byte for byte
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 is not to be had ({first_line(error)}): put cifar-10-python.tar.gz of "
-                         f"https://www.cs.toronto.edu/~kriz/cifar.html into {Path(root).resolve()} and use --data cifar10, "
+        raise ValueError(f"CIFAR-10 is not to be had ({brief(error)}): put cifar-10-python.tar.gz of "
+                         f"https://www.cs.toronto.edu/~kriz/cifar.html into {root.resolve()} and use --data cifar10, "
                          f"or train without a download: --data shapes, or --data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
-    check_size(len(images), image_size)
     if image_size != 32:
-        images = torch.cat([F.interpolate(part.float(), (image_size, image_size), mode="bilinear", antialias=True)
-                            .round().to(torch.uint8) for part in images.split(1000)])
+        size = (image_size, image_size)
+        images = torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
+                            for part in images.split(1000)])
     return images, labels, cifar.classes
 
 
 def option(default, meaning, **rules):
-    """A field of TrainConfig. rules: the least value (low), choices, and the type where the default does not tell it."""
+    """A field of TrainConfig. rules: the least value (low) and one that is too much (below), the choices, and the type
+    where the default does not tell it."""
     return field(default=default, metadata=dict(meaning=meaning, **rules))
 
 
@@ -696,7 +696,7 @@ class TrainConfig:
 
     data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
     out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
-    image_size: int = option(32, "height and width; other images are resized and cropped to the centre", low=1)
+    image_size: int = option(32, "height and width; images are resized and cropped to the centre", low=1, below=1025)
     limit: int = option(None, "use the first LIMIT images only", low=1, type=int)
     epochs: int = option(100, "passes over the data", low=1)
     batch_size: int = option(128, "images a step, over all processes", low=1)
@@ -712,7 +712,7 @@ class TrainConfig:
     prediction: str = option("v", "what the network predicts", choices=("v", "noise"))
     unconditional: bool = option(False, "ignore the classes of the data")
     sample_every: int = option(5, "epochs from one grid of samples and export to the next", low=1)
-    seed: int = option(0, "of the weights, the order of the data and all noise", low=0)
+    seed: int = option(0, "of the weights, the order of the data and all noise", low=0, below=2**31)
     device: str = option(None, "mps, cuda or cpu; by default the first of them that is there", type=str)
     compile: bool = option(False, "compile the network with torch.compile")
     tensorboard: bool = option(False, "write loss curves to OUT/tensorboard")
@@ -743,13 +743,13 @@ def learning_rate(step, total_steps, peak):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Average the weights of the `step` steps done, each half as heavy as one 3 % of the run later: no run is too short."""
+    """Move the average after `step` steps, with a half-life of 3 % of them: so no run is too short for it."""
     decay = 0.5 ** (1 / (0.03 * step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def training_batch(images, labels, index, num_classes):
-    """The images at `index`, half of them flipped, one label in ten dropped: -> x (B, C, S, S) in [-1, 1], y or None."""
+    """The images at `index`, half of them flipped, one label in ten dropped: -> x (B, C, S, S) in [-1, 1], y (B,)."""
     x = from_uint8(images[index])
     flipped = torch.rand(len(index), device=x.device) < 0.5
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
@@ -776,11 +776,13 @@ class TrainingRun:
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out).resolve()
-        self.state_path = self.out / "training_state.pth"
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-        self.device = start_device(config.device, self.world)
-        self.step, self.seconds, self.order = 0, 0.0, None
-        self.epoch_losses, self.losses, self.pending = [], [], []  # means of epochs, this epoch's, not yet fetched
+        self.state_path, self.checkpoint = self.out / "training_state.pth", self.out / "diffusion_model.pth"
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+        self.device = pick_device(config.device)
+        if self.world > 1:
+            self.join_processes()
+        self.step, self.seconds, self.order, self.tensorboard = 0, 0.0, None, None
+        self.epoch_losses, self.losses, self.pending = [], [], []  # means of epochs; of this epoch; not fetched yet
         state = self.read_state() if self.state_path.exists() and not config.restart else None
 
         images, labels, class_names = load_images(config.data, config.image_size, config.limit)
@@ -789,42 +791,40 @@ class TrainingRun:
         self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
         self.batch_size = min(config.batch_size, len(images)) // self.world * self.world
         if self.batch_size == 0 or config.batch_size % self.world:
-            raise ValueError(f"--batch-size {config.batch_size} on {len(images)} images cannot be shared evenly by "
+            raise ValueError(f"--batch-size {config.batch_size}: {len(images)} images cannot be shared evenly by "
                              f"{self.world} processes")
         self.steps_per_epoch = len(images) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
 
         torch.manual_seed(config.seed)
-        # On MPS channels_last is slow and has been wrong.
-        self.layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
         self.model = SimpleDiffusion(
             config.image_size, config.n_steps, config.hidden_channels, config.schedule, config.prediction, class_names,
             channel_mults=config.channel_mults, num_res_blocks=config.num_res_blocks, dropout=config.dropout,
             attention_levels=config.attention_levels, num_heads=config.num_heads)
+        # On MPS channels_last is slow, and has been wrong.
+        self.layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
         self.model.to(self.device, memory_format=self.layout)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                           fused=self.device.type != "mps")
+                                           fused=True)
         if state is not None:
             self.restore(state)
         self.loss = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
             self.compile()
-        self.tensorboard = None
         if config.tensorboard and self.rank == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ValueError("--tensorboard needs another package: pip install tensorboard") from None
+                raise ValueError("--tensorboard needs one more package: pip install tensorboard") from None
             self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
 
-    def say(self, line):
-        if self.rank == 0:
-            print(line, flush=True)
-
-    def batch(self, index):
-        x, y = training_batch(self.images, self.labels, index.to(self.device), self.model.model.num_classes)
-        return x.contiguous(memory_format=self.layout), y
+    def join_processes(self):
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
     def compile(self):
         """Compile the loss, and try it on a batch; where that fails, warn and go on without."""
@@ -834,8 +834,16 @@ class TrainingRun:
                 compiled(*self.batch(torch.arange(self.batch_size // self.world))).backward()
             self.loss = compiled
         except Exception as error:  # no compiler, a platform it does not know, ...
-            print(f"warning: --compile does not work here, going on without: {first_line(error)}", file=sys.stderr)
+            print(f"warning: --compile does not work here, going on without: {brief(error)}", file=sys.stderr)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def batch(self, index):
+        x, y = training_batch(self.images, self.labels, index.to(self.device), self.model.model.num_classes)
+        return x.contiguous(memory_format=self.layout), y
 
     def train_step(self):
         """One pass through the loop of Algorithm 1."""
@@ -860,23 +868,22 @@ class TrainingRun:
 
     def fetch_losses(self):
         """Fetch the pending losses from the device, many at once since a GPU stands still for it, and check them."""
-        first_step = self.step - len(self.pending) + 1
-        for step, values in enumerate(self.pending, start=first_step):
+        pending, self.pending = self.pending, []
+        for step, values in enumerate(pending, start=self.step - len(pending) + 1):
             loss, gradient_norm = values.tolist()
             if not math.isfinite(loss + gradient_norm):
-                raise FloatingPointError(f"the loss is not finite at step {step} (loss {loss}, gradient norm {gradient_norm})"
-                                         f": try a lower --lr; the last good state stays in {self.state_path}")
+                raise FloatingPointError(f"the loss is not finite at step {step} (loss {loss}, gradient norm "
+                                         f"{gradient_norm}): try a lower --lr. {self.state_path} is from before that")
             self.losses.append(loss)
             if self.tensorboard:
                 self.tensorboard.add_scalar("loss", loss, step)
-        self.pending = []
 
     def save_state(self):
-        self.fetch_losses()  # raises where something has gone wrong: then the last good state stays
+        self.fetch_losses()  # which raises where something has gone wrong: then the last good state stays
         if self.rank == 0:
             with replacing(self.state_path) as temporary:
                 torch.save(dict(model=self.model.model.state_dict(), ema=self.ema.model.state_dict(),
-                                optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds,
+                                optimizer=self.optimizer.state_dict()["state"], step=self.step, seconds=self.seconds,
                                 images=len(self.images), epoch_losses=self.epoch_losses, losses=self.losses,
                                 config=asdict(self.config)), temporary)
 
@@ -884,50 +891,50 @@ class TrainingRun:
         with reading(self.state_path):
             state = read_tensors(self.state_path)
             was = TrainConfig(**state["config"])
-            state["step"], state["seconds"] = int(state["step"]), float(state["seconds"])
-        for entry in fields(TrainConfig):
-            old, new = getattr(was, entry.name), getattr(self.config, entry.name)
-            if old != new and entry.name not in FREE_TO_CHANGE:
-                raise ValueError(f"this run was begun with --{entry.name.replace('_', '-')} {old}, not {new}: use the same, "
+            state.update(step=int(state["step"]), seconds=float(state["seconds"]), images=int(state["images"]),
+                         losses=[float(loss) for loss in state["losses"]],
+                         epoch_losses=[float(loss) for loss in state["epoch_losses"]])
+        for name, new in asdict(self.config).items():
+            old, flag = getattr(was, name), "--" + name.replace("_", "-")
+            if name not in FREE_TO_CHANGE and old != new:
+                raise ValueError(f"the run in {self.out} was begun with {flag} {old}, not {new}: give the same, "
                                  f"another --out, or --restart")
         self.say(f"going on from step {state['step']} of {self.state_path} (--restart would begin again)")
         return state
 
     def restore(self, state):
+        if state["images"] != len(self.images):
+            raise ValueError(f"the run in {self.out} was begun with {state['images']} images, now there are "
+                             f"{len(self.images)}: give the same --data, another --out, or --restart")
         with reading(self.state_path):
-            if state["images"] != len(self.images):
-                raise ValueError(f"the data held {state['images']} images, now {len(self.images)}")
-            size = self.state_path.stat().st_size
-            load_weights(self.model.model, state["model"], size)
-            load_weights(self.ema.model, state["ema"], size)
-            self.optimizer.load_state_dict(state["optimizer"])
-            for parameter, moments in self.optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of this device
-                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.epoch_losses, self.losses = list(state["epoch_losses"]), list(state["losses"])
+            load_weights(self.model.model, state["model"])
+            load_weights(self.ema.model, state["ema"])
+            for i, parameter in enumerate(self.model.parameters() if state["step"] > 0 else []):
+                moments = {name: torch.empty_like(parameter).copy_(state["optimizer"][i][name])  # in our memory layout
+                           for name in ("exp_avg", "exp_avg_sq")}
+                step = torch.tensor(float(state["step"]), device=self.device)
+                self.optimizer.state[parameter] = dict(step=step, **moments)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.epoch_losses, self.losses = state["epoch_losses"], state["losses"]
 
     def begin(self):
-        """Say what is trained on what; at the very start, show what the network is fed and keep an older checkpoint."""
-        size = sum(parameter.numel() for parameter in self.model.parameters())
-        kind = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        self.say(f"device   {self.device} ({kind}), {'bfloat16' if has_bfloat16(self.device) else 'float32'}, "
-                 f"{self.world} process{'es' * (self.world > 1)}")
-        self.say(f"network  {size / 1e6:.1f} M parameters, {self.model.model.num_classes or 'no'} classes")
-        self.say(f"data     {len(self.images):,} images of {self.config.data}, {self.config.image_size} pixels wide")
-        self.say(f"training {self.config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}"
-                 + f" (the data holds no {self.config.batch_size})" * (self.batch_size < self.config.batch_size))
-        self.say(f"files    {self.out}")
+        """Say what is trained on what. At the very start, show what the network is fed and keep an old checkpoint."""
+        config, parameters = self.config, sum(parameter.numel() for parameter in self.model.parameters())
+        small = "" if self.batch_size == config.batch_size else f" (the data holds no {config.batch_size})"
+        self.say(f"device    {self.device}, {'bfloat16' if has_bfloat16(self.device) else 'float32'}\n"
+                 f"network   {parameters / 1e6:.1f} M parameters, {self.model.model.num_classes or 'no'} classes\n"
+                 f"data      {len(self.images):,} images of {config.data}, {config.image_size} pixels wide\n"
+                 f"training  {config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}{small}\n"
+                 f"files     {self.out}")
         if self.rank > 0 or self.step > 0:
             return
-        checkpoint = self.out / "diffusion_model.pth"
-        if checkpoint.exists():
-            with replacing(f"{checkpoint}.bak") as temporary:
-                temporary.write_bytes(checkpoint.read_bytes())
+        if self.checkpoint.exists():
+            with replacing(f"{self.checkpoint}.bak") as temporary:
+                temporary.write_bytes(self.checkpoint.read_bytes())
         x, _ = self.batch(torch.arange(min(64, len(self.images))))
         save_grid((x + 1) / 2, self.out / "samples" / "data.png", columns=8)
-        plot_noising(x[0].cpu(), self.config, self.out / "samples" / "noising.png")
-        self.save_state()  # now, so that a disk that is full or a folder that cannot be written shows at once
+        plot_noising(x[0].cpu(), config, self.out / "samples" / "noising.png")
+        self.save_state()  # now, so that a full disk shows at once
 
     def end_epoch(self, bar):
         """Report; every few epochs, and after the last, draw samples and export the model."""
@@ -935,44 +942,50 @@ class TrainingRun:
         self.fetch_losses()
         self.epoch_losses.append(statistics.fmean(self.losses))
         self.losses = []
-        speed = self.step * self.batch_size / self.seconds
-        left = (self.total_steps - self.step) * self.batch_size / speed
         if self.rank > 0:
             return
+        speed = self.step * self.batch_size / self.seconds
+        minutes_left = (self.total_steps - self.step) * self.batch_size / speed / 60
         bar.write(f"epoch {epoch:3d}/{config.epochs}  loss {self.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
-                  f"{left / 60:.0f} minutes left")
+                  f"{minutes_left:.0f} minutes left", file=sys.stdout)
         sys.stdout.flush()
-        if epoch % config.sample_every and epoch < config.epochs:
-            return
-        classes = self.model.model.num_classes
-        images = self.ema.sample(4, y=classes and [i % classes for i in range(4)], seed=config.seed, progress=False)
-        save_grid(images, self.out / "samples" / f"epoch_{epoch:04d}.png", columns=2)
-        plot_losses(self.epoch_losses, self.out / "samples" / "loss.png")
+        if epoch % config.sample_every == 0 or epoch == config.epochs:
+            classes = self.model.model.num_classes
+            labels = None if classes is None else [i % classes for i in range(4)]
+            self.export()
+            # Drawn from the file, so that the grid shows just what inference will make of it.
+            model = SimpleDiffusion.load(self.checkpoint, self.device)
+            images = model.sample(4, y=labels, seed=config.seed, progress=False)
+            save_grid(images, self.out / "samples" / f"epoch_{epoch:04d}.png", columns=2)
+            plot_losses(self.epoch_losses, self.out / "samples" / "loss.png")
+
+    def export(self):
+        """Write diffusion_model.pth, and what it is into model_info.json."""
+        config = self.config
         info = dict(
-            architecture=f"SimpleUNet, {config.hidden_channels} channels x {config.channel_mults}, {config.num_res_blocks} "
-                         f"blocks a level, attention at levels {config.attention_levels}",
+            architecture=f"SimpleUNet, {config.hidden_channels} channels x {config.channel_mults}, "
+                         f"{config.num_res_blocks} blocks a level, attention at levels {config.attention_levels}",
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            dataset="CIFAR-10" if is_cifar10(config.data) else config.data, images_seen=self.step * self.batch_size,
-            epochs=epoch, batch_size=self.batch_size, learning_rate=config.lr,
+            dataset="CIFAR-10" if is_cifar10(config.data) else config.data,
+            images_seen=self.step * self.batch_size, epochs=len(self.epoch_losses), batch_size=self.batch_size,
             optimizer="AdamW, betas 0.9 0.99, weight decay 0.01, gradient norm 1, cosine decay",
+            learning_rate=config.lr,
             prediction=config.prediction, schedule=config.schedule, n_steps=config.n_steps,
             final_loss=round(self.epoch_losses[-1], 5), training_minutes=round(self.seconds / 60, 1),
             device=str(self.device), torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), license="MIT")
-        self.ema.save(self.out / "diffusion_model.pth", **info)
-        info["sha256"] = hashlib.sha256((self.out / "diffusion_model.pth").read_bytes()).hexdigest()
+        self.ema.save(self.checkpoint, **info)
+        info["sha256"] = hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
         with replacing(self.out / "model_info.json") as temporary:
             temporary.write_text(json.dumps(info, indent=2) + "\n")
 
-
-def start_device(name, world):
-    """The device to train on; under torchrun also the connection between the processes."""
-    device = pick_device(name)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
+    def stop_after_this_step(self, received):
+        """The signal that one of the processes has received, or 0: they all have to stop after the same step."""
+        number = received[0] if received else 0
+        if self.world > 1:
+            numbers = torch.tensor(number)
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+            number = numbers.item()
+        return number
 
 
 @contextlib.contextmanager
@@ -993,16 +1006,8 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def any_process(received, world):
-    """The signal that one of the processes has received, or 0: all have to stop after the same step."""
-    number = torch.tensor(received[0] if received else 0)
-    if world > 1:
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    return number.item()
-
-
 def train(config):
-    """Train as `config` says, or go on with such a run: -> the SimpleDiffusion with the averaged weights, in eval mode.
+    """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights, in eval mode.
 
     Raises ValueError or OSError where an option, the data or a file is wrong, FloatingPointError where the loss is not
     finite, and SystemExit (130 or 143) after Ctrl-C or SIGTERM, with the state saved.
@@ -1013,11 +1018,11 @@ def train(config):
     torch.backends.cudnn.benchmark = True
     run = TrainingRun(config)
     if run.step >= run.total_steps:
-        run.say(f"this run is finished, after {len(run.epoch_losses)} epochs: more --epochs go on, --restart begins again")
+        run.say(f"finished already, after {len(run.epoch_losses)} epochs: more --epochs go on, --restart begins again")
         return run.ema
     run.begin()
-    bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images", unit_scale=True,
-               dynamic_ncols=True, disable=run.rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images",
+               unit_scale=True, dynamic_ncols=True, disable=run.rank > 0 or not sys.stderr.isatty())
     saved = fetched = time.monotonic()
     with bar, stop_signals() as received:
         while run.step < run.total_steps:
@@ -1030,7 +1035,7 @@ def train(config):
                 run.fetch_losses()
                 bar.set_postfix(loss=f"{statistics.fmean(run.losses[-100:]):.4f}")
                 fetched = now
-            stop, epoch_done = any_process(received, run.world), run.step % run.steps_per_epoch == 0
+            stop, epoch_done = run.stop_after_this_step(received), run.step % run.steps_per_epoch == 0
             if epoch_done:
                 run.end_epoch(bar)
             if epoch_done or stop or now - saved > 300:
@@ -1039,7 +1044,7 @@ def train(config):
             if stop:
                 run.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
                 sys.exit(128 + stop)
-    run.say(f"wrote {run.out / 'diffusion_model.pth'}: draw from it with python inference_example.py")
+    run.say(f"wrote {run.checkpoint}; draw from it: python inference_example.py --checkpoint {run.checkpoint}")
     return run.ema
 
 
@@ -1069,11 +1074,11 @@ def plot_noising(image, config, path):
     for column, share in enumerate((0, 0.1, 0.3, 0.5, 1), start=1):
         t = min(round(share * config.n_steps), config.n_steps - 1)
         axes = figure.add_subplot(2, 5, column, title=f"t = {t}")
-        axes.imshow(to_uint8((process.q_sample(image[None], torch.tensor([t]))[0] + 1) / 2).permute(1, 2, 0))
+        axes.imshow(to_uint8((process.q_sample(image[None], torch.tensor([t]))[0] + 1) / 2).permute(1, 2, 0).numpy())
         axes.axis("off")
     axes = figure.add_subplot(2, 1, 2, xlabel="t", ylabel="alphas_cumprod")
     for schedule in ("linear", "cosine"):
-        axes.plot(DiffusionModel(None, config.n_steps, schedule=schedule).alphas_cumprod, label=schedule)
+        axes.plot(DiffusionModel(None, config.n_steps, schedule=schedule).alphas_cumprod.numpy(), label=schedule)
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -1093,9 +1098,9 @@ def ends_in_one_line(main):
         except (ValueError, OSError, FloatingPointError) as error:
             message = " ".join(str(error).split())
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            message = f"out of memory: lower --batch-size, --hidden-channels or --image-size ({first_line(error)})"
+            message = f"out of memory: lower --batch-size, --hidden-channels or --image-size, or -n ({brief(error)})"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     return wrapped
@@ -1103,16 +1108,15 @@ def ends_in_one_line(main):
 
 @ends_in_one_line
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for entry in fields(TrainConfig):
-        flag, default, meaning = "--" + entry.name.replace("_", "-"), entry.default, entry.metadata["meaning"]
+        flag, default, rules = "--" + entry.name.replace("_", "-"), entry.default, entry.metadata
         if default is False:
-            parser.add_argument(flag, action="store_true", help=meaning)
-        elif isinstance(default, tuple):
-            parser.add_argument(flag, type=int, nargs="*", default=default, help=f"{meaning} ({default})")
+            parser.add_argument(flag, action="store_true", help=rules["meaning"])
         else:
-            parser.add_argument(flag, type=entry.metadata.get("type", type(default)), default=default,
-                                help=f"{meaning} ({default})", metavar="")
+            several = isinstance(default, tuple)
+            parser.add_argument(flag, type=int if several else rules.get("type", type(default)), default=default,
+                                nargs="*" if several else None, metavar="", help=f"{rules['meaning']} ({default})")
     train(TrainConfig(**vars(parser.parse_args(argv))))
 
 

@@ -1,0 +1,233 @@
+"""inference_example.py: each of its features, by the command line and by its functions, on tiny checkpoints."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import TINY, assert_error, perturb, run
+
+import diffusion_model
+import inference_example
+from inference_example import generate_images, interpolated_noise
+
+SIZE = 8
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny_model):
+    """The working folder, with diffusion_model.pth (classes a, b, c) and without_classes.pth in it."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model.save()
+    perturb(diffusion_model.SimpleDiffusion(SIZE, **TINY)).save("without_classes.pth")
+    return tmp_path
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def close(a, b):
+    """Equal but for rounding: the same pictures in another batch, whose sums may be done in another order."""
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 2
+
+
+def draw(*args, out="out.png"):
+    """Run the command line on the CPU, two steps unless told: -> the pixels of the grid."""
+    args = list(map(str, args)) if "--steps" in args else [*map(str, args), "--steps", "2"]
+    inference_example.main([*args, "--device", "cpu", "--out", out])
+    return pixels(out)
+
+
+def draw_each(folder, *args):
+    """-> the pixels of the single files, in their order."""
+    draw(*args, "--save-each", folder)
+    return [pixels(path) for path in sorted(folder.iterdir())]
+
+
+def tiles(grid, columns):
+    """The pictures of a grid, row by row, back in their own size. The border is two pixels wide."""
+    step = (grid.shape[1] - 2) // columns
+    scale = (step - 2) // SIZE
+    return [grid[y + 2:y + step:scale, x + 2:x + step:scale]
+            for y in range(0, grid.shape[0] - step, step) for x in range(0, grid.shape[1] - step, step)]
+
+
+def save_picture(path, shape, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return values
+
+
+def test_without_flags(here):
+    """A row of eight a class; three lines that say what was done; the same bytes at the second time."""
+    first = run("inference_example.py", cwd=here, CUDA_VISIBLE_DEVICES="")
+    assert first.returncode == 0 and first.stderr == "", first.stderr
+    out = here / "samples" / "generated.png"
+    lines = first.stdout.splitlines()
+    assert len(lines) == 3 and lines[0].endswith("a, b, c") and "dpm++, 20 steps" in lines[1] and str(out) in lines[2]
+    once = out.read_bytes()
+    grid = draw("--steps", 20, "--save-each", "each", out=str(out))
+    assert out.read_bytes() == once
+    found = tiles(grid, 8)
+    assert len(found) == 24
+    for i, path in enumerate(sorted((here / "each").iterdir())):
+        assert path.name == f"{i:05d}_{'abc'[i // 8]}.png" and np.array_equal(pixels(path), found[i])
+
+
+def test_without_classes(here):
+    """Sixteen pictures, four by four; files without a class; drawn without guidance."""
+    assert len(draw_each(here / "each", "--checkpoint", "without_classes.pth")) == 16
+    assert sorted(path.name for path in (here / "each").iterdir())[15] == "00015.png"
+    height, width, _ = pixels("out.png").shape
+    assert height == width == 2 + 4 * (2 + SIZE * 16)
+
+
+def test_missing_checkpoint(tmp_path):
+    assert_error(run("inference_example.py", cwd=tmp_path), "diffusion_model.pth", "python diffusion_model.py")
+
+
+@pytest.mark.parametrize("n", [1, 7, 10, 65])
+def test_exactly_n(here, n):
+    """65 is more than a batch; the classes come in turn; picture i does not depend on how many there are."""
+    images = draw_each(here / "each", "-n", n)
+    assert len(images) == n and all(image.shape == (SIZE, SIZE, 3) for image in images)
+    assert (here / "each" / f"{n - 1:05d}_{'abc'[(n - 1) % 3]}.png").exists()
+    fewer = draw_each(here / "fewer", "-n", 3)
+    assert all(close(a, b) for a, b in zip(images, fewer))
+    if n == 65:
+        single = draw("-n", 1, "--class", "b", "--seed", 64)  # what the second batch begins with: label 64 % 3 = 1
+        assert close(single[::128 // SIZE, ::128 // SIZE], images[64])
+        assert not close(images[0], images[3])
+
+
+def test_class_rows(here):
+    """Rows in the order of the names; `all` stands for all."""
+    found = tiles(draw("--class", "c", "a", "-n", 2), 2)
+    model = diffusion_model.SimpleDiffusion.load(device="cpu")
+    wanted = generate_images(model, 4, [2, 2, 0, 0], seed=0, steps=2, guidance=1.5, progress=False)
+    wanted = diffusion_model.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
+    assert np.array_equal(draw("--class", "all", "-n", 2), draw("--class", "a", "b", "c", "-n", 2))
+
+
+def test_seed_and_guidance_change_the_pictures(here):
+    plain = draw("-n", 3)
+    assert np.array_equal(plain, draw("-n", 3, "--seed", 0, "--guidance", inference_example.GUIDANCE))
+    assert not np.array_equal(plain, draw("-n", 3, "--seed", 1))
+    assert not np.array_equal(plain, draw("-n", 3, "--guidance", 8))
+
+
+def test_every_sampler(here):
+    grids = [draw("-n", 2, "--sampler", sampler, "--steps", 5) for sampler in ("ddpm", "ddim", "dpm++")]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(grids, 2))
+
+
+@pytest.mark.parametrize("checkpoint", ["diffusion_model.pth", "without_classes.pth"])
+def test_init_image_and_mask(here, checkpoint):
+    """Strength 0 is the picture itself. Under a mask black is kept to the bit, white repainted; grey is the nearer."""
+    picture = save_picture("init.png", (SIZE, SIZE, 3))
+    start = ["--checkpoint", checkpoint, "--init-image", "init.png", "-n", 2]
+    assert all(np.array_equal(image, picture) for image in draw_each(here / "zero", *start, "--strength", 0))
+    images = draw_each(here / "some", *start, "--strength", 0.5, "--steps", 10)
+    assert not np.array_equal(images[0], picture) and not np.array_equal(images[0], images[1])
+
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[:2], mask[2:4], mask[4:6] = 255, 128, 127
+    Image.fromarray(mask).save("mask.png")
+    for i, image in enumerate(draw_each(here / "mask", *start, "--mask", "mask.png")):
+        assert np.array_equal(image[4:], picture[4:]) and (image[:4] != picture[:4]).mean() > 0.9, i
+
+
+@pytest.mark.parametrize("mode, shape", [("L", (8, 8)), ("RGBA", (30, 9)), ("RGB", (130, 200)), ("P", (5, 5))])
+def test_odd_init_images(here, mode, shape):
+    """Any size and mode: what is drawn at strength 0 is what the reader of the training data makes of it."""
+    save_picture("any.png", (*shape, 4))
+    Image.open("any.png").convert(mode).save("any.png")
+    image, = draw_each(here / "each", "-n", 1, "--init-image", "any.png", "--strength", 0)
+    assert np.array_equal(image, diffusion_model.read_picture("any.png", SIZE).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_interpolation(here, sampler):
+    """The ends of each row are the plain pictures of the two seeds, and no two neighbours are equal."""
+    rows = draw_each(here / "rows", "--interpolate", 3, 11, "--class", "c", "a", "--sampler", sampler)
+    assert len(rows) == 16 and not any(np.array_equal(a, b) for a, b in zip(rows[:7], rows[1:8]))
+    for row, seed, name in ((0, 3, "c"), (7, 11, "c"), (8, 3, "a"), (15, 11, "a")):
+        plain, = draw_each(here / f"{row}", "-n", 1, "--seed", seed, "--class", name, "--sampler", sampler)
+        assert close(rows[row], plain)
+    assert len(draw_each(here / "none", "--checkpoint", "without_classes.pth", "--interpolate", 1, 2, "-n", 3)) == 3
+
+
+def test_interpolated_noise_is_as_strong_as_noise():
+    """The norms lie within 2 % of those of the ends; in the middle of the straight line it would be 0.71 of them."""
+    noise = interpolated_noise(diffusion_model.SimpleDiffusion(32, **TINY), 3, 8)
+    norms = noise.flatten(1).norm(dim=1)
+    assert 0.98 * min(norms[0], norms[-1]) < norms.min() and norms.max() < 1.02 * max(norms[0], norms[-1])
+    assert torch.equal(noise[0], torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3)))
+
+
+def test_denoising(here):
+    """x_t above x_0 at ten moments, the last of which is the plain picture in both rows; and a moving picture."""
+    strip = tiles(draw("--denoising", "-n", 2, "--steps", 12), 10)
+    plain = tiles(draw("-n", 2, "--steps", 12, out="plain.png"), 2)
+    assert len(strip) == 40 and strip[0].std() > 80  # which begins with noise
+    assert all(np.array_equal(strip[i], plain[i // 20]) for i in (9, 19, 29, 39))
+    with Image.open("out.gif") as film:
+        assert film.n_frames > 1 and film.size[0] == film.size[1]
+
+
+def test_grid_of_training_is_what_inference_draws(here):
+    """D9: the same checkpoint, seed, labels and steps make the same file."""
+    config = diffusion_model.TrainConfig(
+        data="shapes", image_size=SIZE, limit=64, epochs=1, batch_size=32, out="run", device="cpu", seed=5,
+        **{key: value for key, value in TINY.items() if key != "time_dim"})
+    model = diffusion_model.train(config)
+    assert model.class_names
+    draw("--checkpoint", "run/diffusion_model.pth", "-n", 4, "--seed", 5, "--guidance", 1, "--steps", 20)
+    difference = pixels("run/samples/epoch_0001.png").astype(int) - pixels("out.png").astype(int)
+    assert np.abs(difference).max() <= 1  # the file holds the weights in float16
+    exported = diffusion_model.SimpleDiffusion.load("run/diffusion_model.pth", device="cpu")
+    images = exported.sample(4, y=[0, 1, 2, 3], seed=5, progress=False)
+    assert torch.equal(images, generate_images(exported, 4, [0, 1, 2, 3], seed=5, progress=False))
+
+
+@pytest.mark.parametrize("args, word", [
+    ("-n 0", "-n"), ("-n -3", "-n"), ("-n two", "-n"), ("--nmu 3", "--nmu"), ("--class b dog", "--class dog"),
+    ("--class dog", "a, b, c"), ("--checkpoint without_classes.pth --class a", "--class"),
+    ("--checkpoint without_classes.pth --guidance 2", "--guidance"), ("--checkpoint init.png", "init.png"),
+    ("--checkpoint none.pth", "none.pth"), ("--guidance -1", "--guidance"), ("--guidance nan", "--guidance"),
+    ("--guidance inf", "--guidance"), ("--sampler euler", "--sampler"), ("--steps 0", "--steps"),
+    ("--steps 1001", "--steps"), ("--seed -1", "--seed"), ("--interpolate 1 -2", "--interpolate"),
+    ("--device nonsense", "--device"), ("--out a.jpg", "--out"),
+    ("--out init.png/a.png", "init.png"), ("--save-each .", "--save-each"), ("--strength 0.5", "--strength"),
+    ("--init-image init.png --strength 1.5", "--strength"), ("--init-image init.png --strength nan", "--strength"),
+    ("--init-image none.png", "none.png"), ("--init-image diffusion_model.pth", "not a readable picture"),
+    ("--mask init.png", "--mask"), ("--init-image init.png --mask none.png", "none.png"),
+    ("--interpolate 1 2 --init-image init.png", "--init-image"), ("--interpolate 1 2 --seed 3", "--seed"),
+    ("--interpolate 1 2 --sampler ddpm", "--sampler"), ("--interpolate 1 2 --denoising", "--denoising"),
+    ("--interpolate 1 2 -n 1", "-n"), ("--interpolate 4 4", "--interpolate"), ("--denoising -n 17", "-n"),
+])
+def test_mistakes(here, capsys, args, word):
+    """Each ends in one line that names the flag, before anything is written."""
+    save_picture("init.png", (SIZE, SIZE, 3))
+    with pytest.raises(SystemExit) as stopped:
+        inference_example.main(args.split())
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], lines
+    assert sorted(path.name for path in here.iterdir()) == ["diffusion_model.pth", "init.png", "without_classes.pth"]
+
+
+def test_names_in_a_checkpoint_stay_in_the_folder(here, tiny_model):
+    tiny_model.class_names = ["../../x", "a/b", "c d"]
+    tiny_model.save()
+    draw("-n", 3, "--save-each", "each")
+    assert {path.name for path in (here / "each").iterdir()} == {"00000_-x.png", "00001_a-b.png", "00002_c-d.png"}
+
+
+def test_generate_images_refuses():
+    model = diffusion_model.SimpleDiffusion(SIZE, **TINY)
+    for count, labels in ((0, None), (3, [0, 0])):
+        with pytest.raises(ValueError, match="images"):
+            generate_images(model, count, labels)

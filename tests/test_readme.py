@@ -1,0 +1,64 @@
+"""The commands and snippets of the README themselves, with numbers small enough for a test."""
+import re
+import shlex
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, TINY, perturb
+import diffusion_model
+import inference_example
+
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
+SMALL_RUN = "--image-size 16 --limit 24 --epochs 1 --batch-size 8 --hidden-channels 4 --num-res-blocks 1"  # the last wins
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a tiny checkpoint of CIFAR-10's classes and a picture called FILE, as the README assumes them."""
+    monkeypatch.chdir(tmp_path)
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    perturb(diffusion_model.SimpleDiffusion(16, class_names=names, **TINY)).save()
+    for name in ("a", "b"):
+        (tmp_path / "FOLDER" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 30), "red").save(tmp_path / "FOLDER" / name / "1.png")
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / "FILE", format="PNG")
+    return tmp_path
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) > 10 and len(SNIPPETS) >= 3
+
+
+def test_commands(workplace, capsys):
+    """Each `python SCRIPT FLAGS` of the README runs as it stands, but for smaller numbers."""
+    for line in COMMANDS:
+        words = shlex.split(line)
+        if words[:2] == ["python", "diffusion_model.py"]:
+            small = SMALL_RUN.split() + ([] if "--data" in words else ["--data", "shapes"])
+            small += [] if "--out" in words else ["--out", f"run{len(line)}"]
+            diffusion_model.main(words[2:] + small)
+        elif words[:2] == ["python", "inference_example.py"]:
+            inference_example.main(words[2:] + ["-n", "2", "--steps", "2"])
+            assert "samples" in capsys.readouterr().out or "--out" in words
+
+
+def test_other_commands_are_known():
+    """Whatever is no command of ours is one of these, which other tests and .ci/run run."""
+    others = [line for line in COMMANDS if not line.startswith(("python diffusion_model.py", "python inference_example.py"))]
+    assert all("pip install" in line or "torchrun" in line or "python -m pytest" in line for line in others), others
+    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippets(workplace, monkeypatch, number):
+    """Each Python snippet runs; networks and runs are made small."""
+    real = diffusion_model.TrainConfig
+    monkeypatch.setattr(diffusion_model, "TrainConfig", lambda **options: real(**{
+        **options, "epochs": 1, "limit": 24, "hidden_channels": 4, "batch_size": 8}))
+    shared = dict(torch=torch, DiffusionModel=diffusion_model.DiffusionModel,
+                  MyNetwork=lambda: diffusion_model.SimpleUNet(**TINY), batches=[torch.zeros(2, 3, 8, 8)])
+    exec(SNIPPETS[number], shared)

@@ -1,0 +1,458 @@
+"""A training run is never lost, and every flag does what it says.
+
+Most runs are made in this process. Those that are killed are children of a server that has imported torch before
+(multiprocessing's forkserver), which makes a start cheap.
+"""
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+import diffusion_model
+from diffusion_model import DiffusionModel, TrainConfig, TrainingRun, learning_rate, training_batch, update_ema
+
+ROUNDS, KILLS = 3, 6  # rounds of killing a run at random moments, and how often in each. For dozens: raise ROUNDS
+CONFIG = dict(data="shapes", image_size=8, hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, device="cpu",
+              attention_levels=(1,), limit=256, batch_size=32, epochs=2, sample_every=1)  # two epochs of eight steps
+RUN = ("--data shapes --image-size 8 --hidden-channels 8 --channel-mults 1 2 --num-res-blocks 1 --device cpu "
+       "--attention-levels 1 --limit 256 --batch-size 32 --epochs 2 --sample-every 1").split()
+INFO = {"architecture", "parameters", "dataset", "images_seen", "epochs", "batch_size", "optimizer", "learning_rate",
+        "prediction", "schedule", "n_steps", "final_loss", "training_minutes", "device", "torch", "date", "license"}
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload("torch._dynamo torchvision.utils matplotlib.backends.backend_agg tqdm pytest".split())
+
+
+def train(*flags):
+    """The command line with RUN and `flags`, in this process: -> its exit code."""
+    try:
+        diffusion_model.main([*RUN, *map(str, flags)])
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def child(folder, flags, environment):
+    os.chdir(folder)
+    os.environ.update(environment)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    torch.set_num_threads(1)
+    sys.exit(train(*flags))
+
+
+def start(folder, *flags, **environment):
+    """The same in a process of its own, which writes what it prints to folder/out and folder/err."""
+    folder.mkdir(exist_ok=True)
+    for name in ("out", "err"):
+        (folder / name).write_text("")
+    process = SERVER.Process(target=child, args=(folder, flags, environment))
+    process.start()
+    return process
+
+
+def finish(folder, *flags):
+    """The same, waited for: it has to succeed."""
+    process = start(folder, *flags)
+    process.join(120)
+    assert process.exitcode == 0, (folder / "err").read_text()
+    return folder
+
+
+def state(folder="."):
+    """All that must not depend on how often a run was stopped."""
+    saved = torch.load(Path(folder) / "training_state.pth", weights_only=True)
+    del saved["seconds"], saved["config"]["out"]
+    return saved
+
+
+def same(a, b):
+    """Equal to the bit, in all that the two hold."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def error_line(capsys):
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def spy(set_attribute, owner, name, note):
+    """Have note(*arguments) called before each call of owner.name."""
+    function = getattr(owner, name)
+    set_attribute(owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the children have it: sums done in another order are other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder. The two plots take longer than a run, so they are left out."""
+    monkeypatch.chdir(tmp_path)
+    for plot in ("plot_noising", "plot_losses"):
+        monkeypatch.setattr(diffusion_model, plot, lambda *_: None)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    return finish(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="session")
+def longer(tmp_path_factory):
+    """The flags of a run of five epochs with dropout, its state where nothing stopped it, and the seconds it took."""
+    flags, started = ("--epochs", 5, "--limit", 128, "--dropout", 0.2, "--sample-every", 2), time.monotonic()
+    return flags, state(finish(tmp_path_factory.mktemp("longer"), *flags)), time.monotonic() - started
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_killed_at_random_moments(tmp_path, longer, seed):
+    """SIGKILL, SIGINT and SIGTERM again and again: the same command ends with the very bits of the whole run."""
+    (flags, expected, seconds), chance = longer, random.Random(seed)
+    for _ in range(KILLS):
+        process = start(tmp_path, *flags)
+        process.join(chance.uniform(0, 0.8 * seconds))
+        number = chance.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join(60)
+        out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+        before_training = process.exitcode == 1 and "KeyboardInterrupt" in err
+        assert process.exitcode in (0, -number, 128 + number) or before_training, f"{process.exitcode}: {err}"
+        assert process.exitcode != 128 + number or "the same command" in out.splitlines()[-1]
+    assert same(state(finish(tmp_path, *flags)), expected)
+    assert sorted(path.name[6:10] for path in (tmp_path / "samples").glob("epoch*")) == ["0002", "0004", "0005"]
+
+
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_stopped_after_every_single_step(here, monkeypatch, capsys, dropout):
+    """Ctrl-C and SIGTERM in turn, within an epoch too: 130 and 143, a word how to go on, the bits of a whole run."""
+    flags = ("--limit", 100, "--dropout", dropout)  # three steps an epoch
+    assert train(*flags, "--out", "whole") == 0
+    for step, number in enumerate([signal.SIGINT, signal.SIGTERM] * 3, start=1):
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            spy(patch.setattr, TrainingRun, "train_step", lambda run: os.kill(os.getpid(), number))
+            assert train(*flags) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+        lines = capsys.readouterr().out.splitlines()
+        assert f"step {step} of 6" in lines[-1] and "same command" in lines[-1]
+        assert step == 1 or (lines[0].startswith("going on") and f"step {step - 1} " in lines[0])
+    assert same(state(), state("whole"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+
+
+def test_a_finished_run_does_nothing_and_more_epochs_go_on(here, capsys):
+    """It says so, and no file is touched; --epochs 3 then does the third; --restart begins again."""
+    def files():
+        return {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
+    train()
+    first, before, _ = state(), files(), capsys.readouterr()
+    assert train() == 0 and files() == before
+    out = capsys.readouterr().out
+    assert "finished" in out and "--epochs" in out and "--restart" in out
+    assert train("--epochs", 3) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("going on from step 16") and sum(line.startswith("epoch") for line in out) == 1
+    assert state()["epoch_losses"][:2] == first["epoch_losses"] and len(state()["epoch_losses"]) == 3
+    assert json.loads(Path("model_info.json").read_text())["epochs"] == 3
+    assert train("--restart") == 0 and "going on" not in capsys.readouterr().out
+    assert all(same(state()[name], first[name]) for name in ("model", "ema", "epoch_losses"))
+
+
+@pytest.mark.parametrize("flags", ["--lr 1e-3", "--batch-size 16", "--seed 1", "--hidden-channels 16", "--limit 128",
+                                   "--unconditional", "--channel-mults 2 2", "--schedule cosine", "--dropout 0.1"])
+def test_another_setting_is_an_error_that_names_it(whole, here, capsys, flags):
+    """Nothing but the number of epochs and what is shown may change; the state stays as it is."""
+    before = (whole / "training_state.pth").read_bytes()
+    assert train("--out", whole, *flags.split()) == 2
+    line = error_line(capsys)
+    assert flags.split()[0] in line and "--restart" in line and before == (whole / "training_state.pth").read_bytes()
+
+
+def test_an_older_checkpoint_is_kept(here, monkeypatch):
+    """As diffusion_model.pth.bak, also where the run is killed between its first export and its first state."""
+    Path("diffusion_model.pth").write_bytes(b"years of work")
+    save_state = TrainingRun.save_state
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "save_state", lambda run: save_state(run) if run.step == 0 else sys.exit("killed"))
+        assert train() == "killed" and Path("diffusion_model.pth").read_bytes() != b"years of work"
+    assert train() == 0 and Path("diffusion_model.pth.bak").read_bytes() == b"years of work"
+
+
+def test_what_a_run_leaves(whole):
+    """Pictures, the export in float16 with clean keys, model_info.json with its checksum; all that was said."""
+    from PIL import Image
+    for name in ("data", "noising", "loss", "epoch_0001", "epoch_0002"):
+        with Image.open(whole / "samples" / f"{name}.png") as picture:
+            assert min(picture.size) > 60 and len(set(picture.convert("L").tobytes())) > 10, name
+    saved, averaged = torch.load(whole / "diffusion_model.pth", weights_only=True), state(whole)["ema"]
+    assert saved["model_state_dict"].keys() == averaged.keys() and not list(whole.rglob("*.tmp"))
+    assert all(same(tensor, averaged[name].half()) for name, tensor in saved["model_state_dict"].items())
+    assert not any(key.startswith(("_orig_mod.", "module.")) for key in averaged)
+    info = json.loads((whole / "model_info.json").read_text())
+    assert info.pop("sha256") == hashlib.sha256((whole / "diffusion_model.pth").read_bytes()).hexdigest()
+    assert INFO <= info.keys() and info == saved["info"] and info["images_seen"] == 512 and info["epochs"] == 2
+    out = (whole / "out").read_text()
+    for word in ("cpu", "parameters", "256 images", str(whole), "epoch   2/2", "inference_example.py"):
+        assert word in out
+    assert (whole / "err").read_text() == "" and "\r" not in out
+
+
+def test_a_seed_is_a_run(whole, here):
+    """train(TrainConfig(...)) is the command line to the bit, and returns the averaged weights; other seeds differ."""
+    model = diffusion_model.train(TrainConfig(**CONFIG))
+    assert same(state(), state(whole)) and same(model.model.state_dict(), state()["ema"])
+    assert not any(part.training for part in model.modules())
+    train("--out", "other", "--seed", 1)
+    assert not torch.equal(state("other")["model"]["out.weight"], state()["model"]["out.weight"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, whole, monkeypatch, capsys):
+    """Exit code 2, an error that names the step; the state is the last good one, from which the run can go on."""
+    calls = []
+
+    def poisoned(images, labels, index, num_classes):
+        x, y = training_batch(images, labels, index, num_classes)
+        calls.append(len(index))
+        return (x * float("nan") if calls.count(32) == 11 else x), y
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion_model, "training_batch", poisoned)
+        assert train() == 2
+    line = error_line(capsys)
+    assert "not finite" in line and "step 11 " in line and "training_state.pth" in line and state()["step"] == 8
+    assert train() == 0 and same(state(), state(whole))
+    assert train("--restart", "--lr", 1e30) == 2
+    line = error_line(capsys)
+    assert "step" in line and "--lr" in line and all(tensor.isfinite().all() for tensor in state()["model"].values())
+
+
+@pytest.mark.parametrize("total", [1, 2, 19, 100, 20_000])
+def test_learning_rate(total):
+    """Above zero in the first step, at its peak after the warm-up, near zero at the end, never above the peak."""
+    rates = [learning_rate(step, total, 1e-3) for step in range(total)]
+    assert 0 < min(rates) and 0.98e-3 < max(rates) <= 1e-3 and rates.index(max(rates)) <= max(1, total // 20)
+    assert total < 100 or rates[-1] < 2e-6
+
+
+def test_update_ema_against_a_plain_loop():
+    """One decay for all weights; the first steps are followed at once, later ones within a few per cent of the run."""
+    model, ema = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).requires_grad_(False)
+    for step in (1, 10, 1000, 100_000):
+        before, decay = [parameter.clone() for parameter in ema.parameters()], 0.5 ** (1 / (0.03 * step))
+        update_ema(ema, model, step)
+        for old, new, live in zip(before, ema.parameters(), model.parameters()):
+            assert torch.allclose(new, decay * old + (1 - decay) * live, atol=1e-6)
+    torch.nn.init.zeros_(ema.weight), torch.nn.init.ones_(model.weight)
+    for step in range(1, 6):
+        update_ema(ema, model, step)
+    assert ema.weight.min() > 0.95
+    torch.nn.init.zeros_(model.weight)
+    half_life = next(i for i in range(1000) if (update_ema(ema, model, 1000 + i), ema.weight.max() < 0.5)[1])
+    assert 10 < half_life < 100
+
+
+def test_the_average_is_a_network_of_its_own(here):
+    """It shares no memory with the live one, is float32, in eval mode and without gradients; it follows closely."""
+    run = TrainingRun(TrainConfig(**CONFIG))
+    for _ in range(3):
+        run.train_step()
+    live, average = dict(run.model.named_parameters()), dict(run.ema.named_parameters())
+    assert live.keys() == average.keys() and not run.ema.training and run.model.training
+    for name, weight in average.items():
+        assert weight.data_ptr() != live[name].data_ptr() and not weight.requires_grad
+        assert weight.dtype == live[name].dtype == torch.float32
+        assert (weight - live[name]).abs().max() < 1e-3
+    assert not torch.equal(live["diffusion.model.stem.weight"], average["diffusion.model.stem.weight"])
+
+
+def test_training_batch():
+    """Range, flips and dropped labels, image by image; each keeps its own label; all 256 grey levels survive."""
+    count = 4000
+    images = torch.arange(count)[:, None, None, None] % 200 + torch.zeros(count, 3, 2, 2, dtype=torch.int64)
+    images[:, :, :, 1] += 55  # the right column is brighter, until it is flipped
+    index = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    x, y = training_batch(images.to(torch.uint8), torch.arange(count) % 200 % 10, index, 10)
+    left, right, kept = x[:, 0, 0, 0], x[:, 0, 0, 1], y != 10
+    grey = ((torch.minimum(left, right) + 1) * 127.5).round().long()
+    assert x.shape == (count, 3, 2, 2) and torch.equal(grey, index % 200) and torch.equal(y[kept], (grey % 10)[kept])
+    assert 0.47 < (left > right).float().mean() < 0.53 and 0.08 < (y == 10).float().mean() < 0.12
+    x, y = training_batch(torch.arange(256, dtype=torch.uint8)[:, None, None, None], None, torch.arange(256), None)
+    assert x.min() == -1 and x.max() == 1 and y is None
+    assert torch.equal(diffusion_model.to_uint8((x + 1) / 2).flatten(), torch.arange(256, dtype=torch.uint8))
+    assert diffusion_model.to_uint8(torch.tensor([-0.5, 0.5 / 255 + 1e-4, 1.5])).tolist() == [0, 1, 255]
+
+
+def test_an_epoch_is_one_shuffled_pass(here, monkeypatch, capsys):
+    """Its batches are disjoint, the partial one is dropped, the next has another order; few images are one batch."""
+    seen = []
+    spy(monkeypatch.setattr, diffusion_model, "training_batch", lambda *args: seen.append(args[2].tolist()))
+    train("--limit", 100)
+    first, second = sum(seen[1:4], []), sum(seen[4:], [])  # before them one for data.png
+    assert len(set(first)) == len(first) == len(set(second)) == len(second) == 96 and max(first) <= 99
+    assert first != second and first != sorted(first)
+    capsys.readouterr()
+    assert train("--limit", 5, "--out", "few") == 0 and state("few")["step"] == 2
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
+    assert "batch 5 " in line and "no 32" in line
+
+
+WRONG = """--epochs 0|--epochs 1.5|--epochs many|--epochs|--batch-size -1|--lr nan|--lr 0|--lr -1|--lr inf
+--dropout 1.0|--dropout -0.1|--dropout nan|--schedule foo|--prediction foo|--channel-mults 0|--channel-mults
+--channel-mults 1 x|--image-size 30 --channel-mults 1 2 2 2|--image-size 0|--n-steps 0|--n-steps 1000000000000|--seed -1|--seed 1e3
+--seed 99999999999999999999999|--device foo|--device cuda:99|--limit 0|--hidden-channels 0|--num-res-blocks 0
+--num-heads 0|--attention-levels -1|--sample-every 0|--data nowhere|--out taken/out|--colour red|--epoch 1|--restart=1
+stray|--hidden-channels 1000000|--num-res-blocks 1000000|--image-size 1000000"""
+
+
+@pytest.mark.parametrize("flags", WRONG.replace("\n", "|").split("|"))
+def test_a_wrong_value_is_refused_by_name(here, capsys, flags):
+    """Exit code 2 and one line that names the flag, before anything large is allocated and anything is written."""
+    Path("taken").write_text("")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert train(*flags.split()) == 2
+    assert flags.split()[0].strip("-").split("=")[0] in error_line(capsys).replace("_", "-")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in KB; on a Mac in bytes
+    assert grown < 500_000 * (1024 if sys.platform == "darwin" else 1)
+    assert [path.name for path in here.iterdir()] == ["taken"]
+
+
+CHOICES = [f"--{entry.name.replace('_', '-')} {choice}" for entry in fields(TrainConfig)
+           for choice in entry.metadata.get("choices", ())]
+OTHER = ["--unconditional", "--attention-levels", "--attention-levels 0 1", "--channel-mults 1", "--num-heads 3",
+         "--hidden-channels 7", "--num-res-blocks 2", "--dropout 0.9", "--n-steps 50", "--image-size 6"]
+
+
+@pytest.mark.parametrize("flags", CHOICES + OTHER)
+def test_every_choice_runs_and_does_something(here, flags):
+    """Each is found again in the checkpoint, which draws."""
+    flag, *values = flags.split()
+    assert train("--limit", 64, "--epochs", 1, flag, *values) == 0
+    saved = torch.load("diffusion_model.pth", weights_only=True)
+    found = {**saved["model_config"], **saved["diffusion_config"], "image_size": saved["image_size"],
+             "unconditional": saved["model_config"]["num_classes"] is None}[flag[2:].replace("-", "_")]
+    assert str(found) == str(values if isinstance(found, list) else values[0] if values else True).replace("'", "")
+    drawn = diffusion_model.SimpleDiffusion.load(device="cpu").sample(2, steps=2, progress=False)
+    assert drawn.isfinite().all() and drawn.shape[2] == saved["image_size"]
+
+
+def test_the_flags_are_the_fields(capsys):
+    """--help shows every one of them."""
+    assert train("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"--{entry.name.replace('_', '-')}" in text for entry in fields(TrainConfig))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compile(here, whole, monkeypatch, capsys, works):
+    """The checkpoint has the same keys; where it fails there is one warning, and the run is as without it."""
+    compiled = torch.compile
+
+    def fake(module, **options):
+        if not works:
+            raise RuntimeError("no compiler here\nand more lines")
+        return compiled(module, backend="eager")
+    monkeypatch.setattr(torch, "compile", fake)
+    assert train("--compile") == 0 and state()["model"].keys() == state()["ema"].keys() == state(whole)["model"].keys()
+    err = capsys.readouterr().err.splitlines()
+    assert works or (len(err) == 1 and err[0].startswith("warning: ") and "--compile" in err[0])
+    assert works or same(state()["model"], state(whole)["model"])
+
+
+def test_tensorboard(here, monkeypatch, capsys):
+    """--tensorboard writes the loss of every step; without the package, an error says how to get it."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert train("--tensorboard") == 2 and "pip install tensorboard" in error_line(capsys)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train("--tensorboard") == 0
+    losses = [event.value for event in accumulator.EventAccumulator("tensorboard").Reload().Scalars("loss")]
+    assert len(losses) == 16 and statistics.fmean(losses[8:]) == pytest.approx(state()["epoch_losses"][-1], rel=1e-4)
+
+
+def recorded_run(flags):
+    """One of several processes: train, and write down what this one was fed, drew, wrote and ended with."""
+    seen = dict(index=[], noise=[], written=[])
+    spy(setattr, diffusion_model, "training_batch", lambda *args: seen["index"].append(args[2].tolist()))
+    spy(setattr, DiffusionModel, "q_sample", lambda model, x, t, noise=None: seen["noise"].append(noise))
+    spy(setattr, diffusion_model, "replacing", lambda path: seen["written"].append(str(path)))
+    spy(setattr, diffusion_model, "update_ema", lambda ema, model, step: seen.update(ema=ema, model=model))
+    train(*flags)
+    seen.update(ema=seen["ema"].state_dict(), model=seen["model"].state_dict())
+    torch.save(seen, f"seen_{os.environ['RANK']}.pth")
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return str(place.getsockname()[1])
+
+
+def test_torchrun(tmp_path):
+    """Two processes share each batch, draw noise of their own, end with the same weights, and only one writes."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys\nsys.path[:0] = {[str(ROOT / 'tests'), str(ROOT)]}\n"
+                      f"import test_training\ntest_training.recorded_run(['--limit', '100'])\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port", free_port()]
+    done = subprocess.run([*torchrun, driver], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.count("epoch   2/2") == 1, done.stderr
+    first, second = (torch.load(tmp_path / f"seen_{rank}.pth", weights_only=True) for rank in (0, 1))
+    indices = [index for index in first["index"] if len(index) == 16]  # without that for data.png
+    noises = [noise for noise in first["noise"] + second["noise"] if noise is not None]
+    for parts in (slice(0, 3), slice(3, 6)):
+        epoch = sum(indices[parts] + second["index"][parts], [])
+        assert len(set(epoch)) == len(epoch) == 96
+    assert len(noises) == 12 and len(torch.cat(noises).flatten(1).unique(dim=0)) == 12 * 16
+    assert same(first["model"], second["model"]) and same(first["ema"], second["ema"])
+    assert first["written"] and not second["written"]
+
+
+@pytest.mark.parametrize("victim, number", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_one_of_two_processes_is_stopped(tmp_path, victim, number):
+    """Killed: the other ends with an error instead of waiting for ever. SIGTERM: both stop, with the state saved."""
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    flags = ("--epochs", 100_000, "--sample-every", 100_000, "--out", tmp_path)
+    both = [start(tmp_path / str(rank), *flags, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+    try:
+        deadline = time.monotonic() + 60
+        while "epoch " not in (tmp_path / "0" / "out").read_text():
+            assert time.monotonic() < deadline and both[0].is_alive(), (tmp_path / "0" / "err").read_text()
+            time.sleep(0.1)
+        os.kill(both[victim].pid, number)
+        for process in both:
+            process.join(60)
+        if number == signal.SIGTERM:
+            assert [process.exitcode for process in both] == [143, 143] and state(tmp_path)["step"] > 0
+        else:
+            assert both[1 - victim].exitcode not in (None, 0) and (tmp_path / str(1 - victim) / "err").read_text()
+    finally:
+        for process in both:
+            process.kill()
