@@ -138,7 +138,9 @@ class SimpleUNet(nn.Module):
         if not channel_mults or min(sizes) < 1 or (num_classes is not None and num_classes < 1):
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
         if len(channel_mults) * num_res_blocks > 1000:
-            raise ValueError(f"{len(channel_mults)} levels of {num_res_blocks} blocks are too many")
+            raise ValueError(f"num_res_blocks {num_res_blocks} on {len(channel_mults)} levels: more than 1000 blocks")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.time_dim, self.num_classes, self.multiple = time_dim, num_classes, 2 ** (len(channel_mults) - 1)
 
         def block(c_in, c_out, level):
@@ -453,7 +455,7 @@ def brief(error):
 def replacing(path):
     """Give a temporary path to write to, and move it to `path` only when all of it is on the disk."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -480,9 +482,17 @@ def reading(path):
 def read_tensors(path):
     """What torch.save wrote to `path`, without running code that the file may hold."""
     with zipfile.ZipFile(path) as archive:  # torch ignores the checksums, and would unpack a zip bomb
-        if archive.testzip() or sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
             raise ValueError("its checksums or sizes are wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_plain(values):
+    """Let only numbers, strings and flat lists of them pass: a few bytes of nested lists can print as terabytes."""
+    for value in values:
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(entry, (int, float, str, type(None))):
+                raise ValueError(f"its configuration holds a {type(entry).__name__}")
 
 
 def load_weights(network, weights, assign=False):
@@ -537,6 +547,8 @@ class SimpleDiffusion(nn.Module):
     def save(self, path="diffusion_model.pth", **info):
         """Write weights (float16) and configuration: all that `load` needs. info: numbers and strings, for humans."""
         weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.model.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise FloatingPointError(f"the weights are not finite, or too large for float16: {path} was not written")
         with replacing(path) as temporary:
             torch.save(dict(model_config=self.model.config, diffusion_config=self.diffusion.config,
                             model_state_dict=weights, image_size=self.image_size, class_names=self.class_names,
@@ -552,9 +564,11 @@ class SimpleDiffusion(nn.Module):
             saved = read_tensors(path)
             weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # of torch.compile and DDP
                        for name, tensor in saved["model_state_dict"].items()}
+            config = dict(saved["model_config"], **saved["diffusion_config"], image_size=saved["image_size"],
+                          class_names=saved["class_names"])
+            check_plain(config.values())
             with torch.device("meta"):  # a configuration can claim any size: compare it with the weights first
-                model = cls(image_size=saved["image_size"], class_names=saved["class_names"],
-                            **saved["model_config"], **saved["diffusion_config"])
+                model = cls(**config)
             load_weights(model.model, weights, assign=True)
         return model.to(pick_device(device)).eval()
 
@@ -601,11 +615,10 @@ SHAPES = {  # which points belong to a shape; a and b are |x| and |y|, from 0 in
 
 def draw_shapes(image_size, count, seed=0):
     """Ten classes of coloured shapes, the same for a seed: -> uint8 (count, 3, S, S), labels (count,), class names."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(len(SHAPES), (count,), generator=generator)
-    places = torch.rand(count, 3, generator=generator)                      # centre and radius
-    paints = torch.rand(count, 2, 3, generator=generator) * 90              # shape and ground: one dark, one bright
-    paints[torch.arange(count), torch.randint(2, (count,), generator=generator)] += 150
+    numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed))
+    labels = (numbers[:, 0] * len(SHAPES)).long()
+    places, paints = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre and radius; shape and ground
+    paints[torch.arange(count), (2 * numbers[:, 10]).long()] += 150            # one of the two is bright
     axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points a pixel
     images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
     for i, (centre_x, centre_y, radius) in enumerate(places.tolist()):
@@ -627,7 +640,7 @@ def read_picture(path, image_size):
             picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith(("I", "F")):  # 16 bits and more, which PIL would cut off at 255
             values = numpy.asarray(picture, dtype=float)
-            values = values / 257 if values.max() > 255 else values
+            values = values / 257 if picture.mode.startswith("I;16") or values.max() > 255 else values
             picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -704,7 +717,7 @@ class TrainConfig:
     hidden_channels: int = option(64, "channels of the first level", low=1)
     channel_mults: tuple = option((1, 2, 4), "channels of each level, as multiples of the first", low=1)
     num_res_blocks: int = option(2, "residual blocks a level", low=1)
-    attention_levels: tuple = option((1, 2), "levels that have attention; 0 is the full size", low=0)
+    attention_levels: tuple = option((1, 2), "those of the levels that have attention; 0 is the full size", low=0)
     num_heads: int = option(4, "heads of the attention", low=1)
     dropout: float = option(0.0, "share of the residual blocks' values dropped in training", low=0.0, below=1.0)
     n_steps: int = option(1000, "timesteps of the diffusion process", low=1)
@@ -784,6 +797,7 @@ class TrainingRun:
         self.step, self.seconds, self.order, self.tensorboard = 0, 0.0, None, None
         self.epoch_losses, self.losses, self.pending = [], [], []  # means of epochs; of this epoch; not fetched yet
         state = self.read_state() if self.state_path.exists() and not config.restart else None
+        self.fresh = state is None
 
         images, labels, class_names = load_images(config.data, config.image_size, config.limit)
         if config.unconditional:
@@ -890,10 +904,8 @@ class TrainingRun:
     def read_state(self):
         with reading(self.state_path):
             state = read_tensors(self.state_path)
+            check_plain([*state["config"].values(), state["step"], state["images"]])
             was = TrainConfig(**state["config"])
-            state.update(step=int(state["step"]), seconds=float(state["seconds"]), images=int(state["images"]),
-                         losses=[float(loss) for loss in state["losses"]],
-                         epoch_losses=[float(loss) for loss in state["epoch_losses"]])
         for name, new in asdict(self.config).items():
             old, flag = getattr(was, name), "--" + name.replace("_", "-")
             if name not in FREE_TO_CHANGE and old != new:
@@ -907,15 +919,21 @@ class TrainingRun:
             raise ValueError(f"the run in {self.out} was begun with {state['images']} images, now there are "
                              f"{len(self.images)}: give the same --data, another --out, or --restart")
         with reading(self.state_path):
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.epoch_losses, self.losses = state["epoch_losses"], state["losses"]
+            done = (len(self.epoch_losses), len(self.losses))
+            if type(self.step) is not int or divmod(self.step, self.steps_per_epoch) != done or not (
+                    0 <= self.seconds < math.inf and all(map(math.isfinite, self.epoch_losses + self.losses))):
+                raise ValueError("its step, seconds and losses do not fit together")
             load_weights(self.model.model, state["model"])
             load_weights(self.ema.model, state["ema"])
-            for i, parameter in enumerate(self.model.parameters() if state["step"] > 0 else []):
-                moments = {name: torch.empty_like(parameter).copy_(state["optimizer"][i][name])  # in our memory layout
-                           for name in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(float(state["step"]), device=self.device)
-                self.optimizer.state[parameter] = dict(step=step, **moments)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.epoch_losses, self.losses = state["epoch_losses"], state["losses"]
+            for i, parameter in enumerate(self.model.parameters() if self.step > 0 else []):
+                moments = {name: state["optimizer"][i][name] for name in ("exp_avg", "exp_avg_sq")}
+                if any(moment.shape != parameter.shape or not moment.isfinite().all() for moment in moments.values()):
+                    raise ValueError(f"its optimiser state does not fit parameter {i}")
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step), device=self.device)}
+                for name, moment in moments.items():  # in the memory layout of the weights here
+                    self.optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(moment)
 
     def begin(self):
         """Say what is trained on what. At the very start, show what the network is fed and keep an old checkpoint."""
@@ -926,7 +944,7 @@ class TrainingRun:
                  f"data      {len(self.images):,} images of {config.data}, {config.image_size} pixels wide\n"
                  f"training  {config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}{small}\n"
                  f"files     {self.out}")
-        if self.rank > 0 or self.step > 0:
+        if self.rank > 0 or not self.fresh:
             return
         if self.checkpoint.exists():
             with replacing(f"{self.checkpoint}.bak") as temporary:
@@ -1095,6 +1113,8 @@ def ends_in_one_line(main):
     def wrapped(argv=None):
         try:
             return main(argv)
+        except KeyboardInterrupt:  # before or after the training, which stops by itself
+            sys.exit(130)
         except (ValueError, OSError, FloatingPointError) as error:
             message = " ".join(str(error).split())
         except (MemoryError, RuntimeError) as error:

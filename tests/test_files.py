@@ -393,7 +393,7 @@ def save_pictures(folder):
     half.paste((*BLUE, 0), (0, 0, 10, 20))
     files = {
         "grey.png": (new("L", 128), GREY), "palette.png": (palette, RED), "rgba.png": (half, WHITE, RED),
-        "transparent palette.png": (new("P", 1), WHITE, WHITE, dict(transparency=1)),
+        "transparent palette.png": (palette, WHITE, WHITE, dict(transparency=1)),
         "la.png": (new("LA", (0, 0)), WHITE),
         "cmyk.jpg": (new("CMYK", (0, 255, 255, 0)), RED), "white 16 bit.png": (deep(65535), WHITE),
         "grey 16 bit.png": (deep(32896), GREY), "nearly black 16 bit.png": (deep(200), (1, 1, 1)),

@@ -326,7 +326,8 @@ def test_an_epoch_is_one_shuffled_pass(here, monkeypatch, capsys):
 
 WRONG = """--epochs 0|--epochs 1.5|--epochs many|--epochs|--batch-size -1|--lr nan|--lr 0|--lr -1|--lr inf
 --dropout 1.0|--dropout -0.1|--dropout nan|--schedule foo|--prediction foo|--channel-mults 0|--channel-mults
---channel-mults 1 x|--image-size 30 --channel-mults 1 2 2 2|--image-size 0|--n-steps 0|--n-steps 1000000000000|--seed -1|--seed 1e3
+--channel-mults 1 x|--image-size 30 --channel-mults 1 2 2 2
+--image-size 0|--n-steps 0|--n-steps 1000000000000|--seed -1|--seed 1e3
 --seed 99999999999999999999999|--device foo|--device cuda:99|--limit 0|--hidden-channels 0|--num-res-blocks 0
 --num-heads 0|--attention-levels -1|--sample-every 0|--data nowhere|--out taken/out|--colour red|--epoch 1|--restart=1
 stray|--hidden-channels 1000000|--num-res-blocks 1000000|--image-size 1000000"""
