@@ -22,14 +22,11 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import functools
 import hashlib
 import json
 import math
 import os
-import secrets
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -65,7 +62,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """Let a branch that ends in `layer` add nothing at first."""
+    """Zero the last layer of a residual branch, so that the branch starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -84,10 +81,11 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
+        # Each (B, heads, HW, C / heads):
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu":                                          # (B, heads, HW, C / heads) each
-            # In training, the fused kernel of the CPU is two to six times slower than this.
-            h = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        if x.device.type == "cpu":  # whose fused kernel is two to six times slower than this in training
+            scale = q.shape[-1] ** -0.5
+            h = ((scale * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
         h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
@@ -95,8 +93,9 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, told of time and class between them, added to the input; then attention, if it has heads.
+    """Two convolutions with a residual connection; time and class scale and shift the features between them.
 
+    Attention follows where num_heads is not 0.
     forward(x, emb): x (B, in_channels, H, W), emb (B, time_dim) -> (B, out_channels, H, W)
     """
 
@@ -104,7 +103,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, 2 * out_channels)
+        self.time = nn.Linear(time_dim, 2 * out_channels)                   # -> a scale and a shift for each channel
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -124,8 +123,8 @@ class SimpleUNet(nn.Module):
 
     forward(x, t, y=None): x (B, in_channels, H, W), t (B,) int64 in 0..n_steps-1, y (B,) int64 or None -> like x.
     Label num_classes is the null label ("no class"); y=None means null for every image. Level i works at H / 2**i with
-    hidden_channels * channel_mults[i] channels, and has attention if it is one of attention_levels. A ValueError says
-    so where H or W is no multiple of 2**(levels - 1), or labels come to a network without classes.
+    hidden_channels * channel_mults[i] channels, and has attention if it is one of attention_levels. Raises ValueError
+    if H or W is not a multiple of 2**(levels - 1), or if labels are given to a network without classes.
     """
 
     def __init__(self, in_channels=3, hidden_channels=64, channel_mults=(1, 2, 4), num_res_blocks=2,
@@ -141,7 +140,7 @@ class SimpleUNet(nn.Module):
             raise ValueError(f"num_res_blocks {num_res_blocks} on {len(channel_mults)} levels: more than 1000 blocks")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.time_dim, self.num_classes, self.multiple = time_dim, num_classes, 2 ** (len(channel_mults) - 1)
+        self.time_dim, self.num_classes, self.size_multiple = time_dim, num_classes, 2 ** (len(channel_mults) - 1)
 
         def block(c_in, c_out, level):
             return ResidualBlock(c_in, c_out, time_dim, dropout, num_heads if level in attention_levels else 0)
@@ -166,7 +165,8 @@ class SimpleUNet(nn.Module):
         last = len(widths) - 1
         self.middle = nn.ModuleList([block(channels, channels, last), block(channels, channels, None)])
 
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()               # and back
+        # The way up mirrors the way down: each block takes one skip, hence num_res_blocks + 1 of them.
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level in range(last, -1, -1):
             if level < last:
                 self.grow.append(nn.Conv2d(channels, channels, 3, padding=1))
@@ -178,8 +178,8 @@ class SimpleUNet(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, in_channels, 3, padding=1))
 
     def forward(self, x, t, y=None):
-        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise ValueError(f"height and width must be multiples of {self.multiple}, got {x.shape[2]}x{x.shape[3]}")
+        if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
+            raise ValueError(f"height and width must be multiples of {self.size_multiple}, got {tuple(x.shape[2:])}")
         if y is not None and self.num_classes is None:
             raise ValueError("labels y for a network without classes")
         emb = self.time_mlp(time_embedding(t, self.time_dim))               # (B, time_dim)
@@ -187,7 +187,8 @@ class SimpleUNet(nn.Module):
             emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
         emb = F.silu(emb)
 
-        x = self.stem(x)                                                    # (B, 64, 32, 32) with the defaults
+        # Down. The shapes are those of the defaults.
+        x = self.stem(x)                                                    # (B, 64, 32, 32)
         skips = [x]
         for level, blocks in enumerate(self.down):
             if level > 0:
@@ -196,8 +197,10 @@ class SimpleUNet(nn.Module):
             for block in blocks:
                 x = block(x, emb)                                           # (B, 128, 16, 16), later (B, 256, 8, 8)
                 skips.append(x)
+        # Bottleneck.
         for block in self.middle:
-            x = block(x, emb)
+            x = block(x, emb)                                               # (B, 256, 8, 8)
+        # Up: the newest skip first.
         for i, blocks in enumerate(self.up):
             if i > 0:
                 x = self.grow[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -215,8 +218,8 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     if schedule == "linear":  # scaled from the paper's 1000 steps, so that x_T is noise for every n_steps
         betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
-        time_share = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
-        alphas_cumprod = torch.cos((time_share + 0.008) / 1.008 * math.pi / 2) ** 2
+        s = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
+        alphas_cumprod = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     else:
         raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
@@ -233,7 +236,8 @@ def has_bfloat16(device):
 
 def autocast(device):
     """Convolutions and matrix products in bfloat16 where that is fast; weights, tables and the loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+    # Never float16: its range is too small to train in without loss scaling.
+    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -249,7 +253,7 @@ def eval_mode(module):
 
 
 def progress_bar(steps, show):
-    """`steps`, with a bar where it is wanted and tqdm is there."""
+    """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -276,6 +280,7 @@ class DiffusionModel(nn.Module):
         self.model, self.n_steps, self.schedule, self.prediction = model, n_steps, schedule, prediction
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
                            prediction=prediction)
+        # In float64, for the product of a thousand factors near 1. The device only ever sees float32: MPS has no more.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
@@ -290,7 +295,7 @@ class DiffusionModel(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def alpha_sigma(self, t):
-        """The factors of image and noise in x_t: t (B,) -> two (B, 1, 1, 1)."""
+        """The factors in x_t = alpha * x_0 + sigma * noise, alpha^2 + sigma^2 = 1: t (B,) -> two (B, 1, 1, 1)."""
         alpha, sigma = self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
@@ -313,7 +318,7 @@ class DiffusionModel(nn.Module):
         return F.mse_loss(prediction.float(), target)                                     # line 5
 
     def predict_x_start(self, x_t, t, y=None, guidance=1.0):
-        """What the network takes x_t for: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
+        """Estimate x_0 from x_t: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if y is None:
             prediction = self.model(x_t, t)
         elif guidance == 1:
@@ -361,7 +366,6 @@ class DiffusionModel(nn.Module):
         nearest = torch.searchsorted(-midpoints, -wanted)                   # (steps,) in 0..n_steps-1
         return sorted(set(nearest.tolist()), reverse=True)
 
-    @torch.inference_mode()
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
                strength=1.0, mask=None, progress=True, callback=None, x_T=None):
         """Draw images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
@@ -372,7 +376,7 @@ class DiffusionModel(nn.Module):
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's own state is left alone.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
-        callback(i, t, x_t, x_0): called in step i with the images at timestep t and what the network takes them for.
+        callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
         x_T (N, C, H, W): the starting noise, in place of the seed's.
         """
         device = self.betas.device
@@ -380,15 +384,18 @@ class DiffusionModel(nn.Module):
         timesteps = self.timesteps(sampler, steps)
         if init_image is not None:
             if strength == 0:
-                return init_image
+                return init_image.clone()
             timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]
             if not timesteps:
-                raise ValueError(f"strength {strength} is below the first of so few steps: take more")
-        seed = secrets.randbits(31) if seed is None else seed
+                raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
+
+        # A generator for each image, on the CPU: a picture depends on its seed alone, not on batch or device.
+        seed = torch.Generator().seed() % 2**31 if seed is None else seed
         generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
 
         def draw_noise():
-            return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators]).to(device)
+            noises = [torch.randn(shape[1:], generator=generator, device="cpu") for generator in generators]
+            return torch.stack(noises).to(device)
 
         alphas = self.sqrt_alphas_cumprod.tolist() + [1.0]                  # the added last entry is the clean image
         sigmas = self.sqrt_one_minus_alphas_cumprod.tolist() + [0.0]
@@ -397,31 +404,35 @@ class DiffusionModel(nn.Module):
         if init_image is not None:
             x_t = alphas[timesteps[0]] * init_image + sigmas[timesteps[0]] * x_t
         x_0 = h = None
-        with eval_mode(self.model), autocast(device):
+        with torch.inference_mode(), eval_mode(self.model), autocast(device):
             pairs = list(zip(timesteps, timesteps[1:] + [clean]))
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; s is the timestep after t
+                # Algorithm 2, lines 3 and 4, for any sampler: estimate x_0, then go to x_s.
                 t_batch = torch.full(shape[:1], t, device=device)
                 x_0_previous, x_0 = x_0, self.predict_x_start(x_t, t_batch, y, guidance)
                 if callback is not None:
                     callback(i, t, x_t, x_0)
                 alpha_t, sigma_t, alpha_s, sigma_s = alphas[t], sigmas[t], alphas[s], sigmas[s]
-                D, spread = x_0, 0.0
+                D, spread = x_0, 0.0                                        # the image to aim at; fresh noise to add
                 if sampler == "dpm++" and s != clean:                       # Lu et al. 2022, Algorithm 2
                     h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
                     if i > 0:
-                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)
+                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # x_0 moves on as it did before
                 if sampler == "ddpm":                                       # eq. 7, also where timesteps are skipped
                     spread = sigma_s / sigma_t * math.sqrt(max(0.0, 1 - (alpha_t / alpha_s) ** 2))
-                noise = (x_t - alpha_t * D) / sigma_t
+                noise = (x_t - alpha_t * D) / sigma_t                       # what is not image in x_t
                 x_t = alpha_s * D + math.sqrt(max(0.0, sigma_s**2 - spread**2)) * noise  # Song et al. 2021, eq. 12
                 if spread > 0:
                     x_t = x_t + spread * draw_noise()
-                if mask is not None:                                        # what is kept becomes as noisy as the rest
+                if mask is not None:                                        # noise the kept pixels as the others are
                     x_t = mask * x_t + (1 - mask) * (alpha_s * init_image + sigma_s * draw_noise())
-        return x_t
+        return x_t.clone()  # outside of inference mode: a tensor like any other
 
     def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
-        """The tensors, on the device; a ValueError where `sample` cannot do what is asked."""
+        """Check what `sample` is asked for (else ValueError), and bring it to the device."""
+        if shape[0] < 1:
+            raise ValueError(f"at least one image must be asked for, got {shape[0]}")
+
         def tensor(value, dtype=torch.float32):
             return None if value is None else torch.as_tensor(value, dtype=dtype, device=self.betas.device)
 
@@ -434,8 +445,6 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"labels must be in 0..{num_classes}, where {num_classes} is no class, got {y.tolist()}")
         if guidance != 1 and (y is None or num_classes is None):
             raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
-        if shape[0] < 1:
-            raise ValueError(f"at least one image must be asked for, got {shape[0]}")
         if mask is not None and init_image is None:
             raise ValueError("a mask needs an init_image whose pixels to keep")
         if not 0 <= strength <= 1:
@@ -448,12 +457,13 @@ class DiffusionModel(nn.Module):
 
 
 def brief(error):
+    """One line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path to write to, and move it to `path` only when all of it is on the disk."""
+    """Give a temporary path to write to, and move it to `path` only after all of it has been flushed to the disk."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -476,7 +486,7 @@ def reading(path):
     try:
         yield
     except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
-        raise ValueError(f"{path} is damaged, or no file of this project: {brief(error)}") from None
+        raise ValueError(f"{path} is damaged, or was not written by this project: {brief(error)}") from None
 
 
 def read_tensors(path):
@@ -525,8 +535,8 @@ class SimpleDiffusion(nn.Module):
         if size > 10**9:
             raise ValueError(f"a network of {size / 1e9:,.0f} billion parameters is too large: lower hidden_channels")
         network = SimpleUNet(**unet_options)
-        if not network.multiple <= image_size <= 4096 or image_size % network.multiple:
-            raise ValueError(f"image_size must be a multiple of {network.multiple}, up to 4096, got {image_size}")
+        if not network.size_multiple <= image_size <= 4096 or image_size % network.size_multiple:
+            raise ValueError(f"image_size must be a multiple of {network.size_multiple}, up to 4096, got {image_size}")
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction)
 
     @property
@@ -574,12 +584,12 @@ class SimpleDiffusion(nn.Module):
 
 
 def pick_device(name=None):
-    """MPS, then CUDA, then CPU. With a name that very device, or a ValueError where it is not to be had."""
+    """MPS, then CUDA, then CPU. With a name that very device, or a ValueError if it is not available."""
     if name is not None:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} is not to be had here: {brief(error)}") from None
+            raise ValueError(f"--device {name} is not available here: {brief(error)}") from None
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -615,7 +625,7 @@ SHAPES = {  # which points belong to a shape; a and b are |x| and |y|, from 0 in
 
 def draw_shapes(image_size, count, seed=0):
     """Ten classes of coloured shapes, the same for a seed: -> uint8 (count, 3, S, S), labels (count,), class names."""
-    numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed))
+    numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed), device="cpu")
     labels = (numbers[:, 0] * len(SHAPES)).long()
     places, paints = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre and radius; shape and ground
     paints[torch.arange(count), (2 * numbers[:, 10]).long()] += 150            # one of the two is bright
@@ -686,7 +696,7 @@ def load_images(data, image_size=32, limit=None):
     try:
         cifar = CIFAR10(root, train=True, download=data == "cifar10")       # checks what is there, byte for byte
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 is not to be had ({brief(error)}): put cifar-10-python.tar.gz of "
+        raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): put cifar-10-python.tar.gz of "
                          f"https://www.cs.toronto.edu/~kriz/cifar.html into {root.resolve()} and use --data cifar10, "
                          f"or train without a download: --data shapes, or --data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
@@ -698,8 +708,8 @@ def load_images(data, image_size=32, limit=None):
 
 
 def option(default, meaning, **rules):
-    """A field of TrainConfig. rules: the least value (low) and one that is too much (below), the choices, and the type
-    where the default does not tell it."""
+    """A field of TrainConfig. rules: low (smallest value), below (values must be smaller), choices, and type where the
+    default does not tell it."""
     return field(default=default, metadata=dict(meaning=meaning, **rules))
 
 
@@ -744,20 +754,21 @@ class TrainConfig:
                 raise ValueError(f"{flag} must be one of {', '.join(rules['choices'])}, got {value}")
 
 
-# What may change when a run goes on. All else must be as it was, or it would be another run.
-FREE_TO_CHANGE = ("out", "epochs", "sample_every", "device", "compile", "tensorboard", "restart")
+# Any other option must be as it was when a run goes on, or it would be another run.
+MAY_CHANGE_ON_RESUME = ("out", "epochs", "sample_every", "device", "compile", "tensorboard", "restart")
 
 
 def learning_rate(step, total_steps, peak):
     """Warm-up over 500 steps (5 % of a short run), times a cosine decay to zero. step: 0..total_steps-1."""
     warmup = min(500, max(1, total_steps // 20))
+    # The first step already learns: (step + 1), not step.
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the average after `step` steps, with a half-life of 3 % of them: so no run is too short for it."""
-    decay = 0.5 ** (1 / (0.03 * step))
+    """Move the average towards the weights after `step` steps, with a half-life of 3 % of those steps."""
+    decay = 0.5 ** (1 / (0.03 * step))  # decay ** half_life = 1/2; growing with the run, so that none is too short
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -768,6 +779,7 @@ def training_batch(images, labels, index, num_classes):
     x = torch.where(flipped[:, None, None, None], x.flip(3), x)
     if labels is None:
         return x, None
+    # Guidance needs to know what the network draws without a class (Ho and Salimans 2022, Algorithm 1).
     dropped = torch.rand(len(index), device=x.device) < 0.1
     return x, labels[index].masked_fill(dropped, num_classes)
 
@@ -792,16 +804,25 @@ class TrainingRun:
         self.state_path, self.checkpoint = self.out / "training_state.pth", self.out / "diffusion_model.pth"
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.world > 1:
             self.join_processes()
         self.step, self.seconds, self.order, self.tensorboard = 0, 0.0, None, None
-        self.epoch_losses, self.losses, self.pending = [], [], []  # means of epochs; of this epoch; not fetched yet
+        self.epoch_losses = []  # the mean of each finished epoch
+        self.losses = []        # of each step of this epoch
+        self.pending = []       # of the latest steps, still on the device
         state = self.read_state() if self.state_path.exists() and not config.restart else None
         self.fresh = state is None
 
+        if self.rank > 0:
+            torch.distributed.barrier()  # let the first process download
         images, labels, class_names = load_images(config.data, config.image_size, config.limit)
+        if self.rank == 0 and self.world > 1:
+            torch.distributed.barrier()
         if config.unconditional:
             labels = class_names = None
+        # All of it as uint8 on the device: a batch is an index away, and no worker process is needed.
         self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
         self.batch_size = min(config.batch_size, len(images)) // self.world * self.world
         if self.batch_size == 0 or config.batch_size % self.world:
@@ -818,11 +839,13 @@ class TrainingRun:
         # On MPS channels_last is slow, and has been wrong.
         self.layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
         self.model.to(self.device, memory_format=self.layout)
+        # The average over the steps, which is what is drawn from and exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01,
                                            fused=True)
         if state is not None:
             self.restore(state)
+        # Under torchrun, backward() averages the gradients over the processes.
         self.loss = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
             self.compile()
@@ -834,9 +857,12 @@ class TrainingRun:
             self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
 
     def join_processes(self):
+        """Connect with the other processes of torchrun, each on a GPU of its own, or all on the CPU."""
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
@@ -856,7 +882,7 @@ class TrainingRun:
             print(line, flush=True)
 
     def batch(self, index):
-        x, y = training_batch(self.images, self.labels, index.to(self.device), self.model.model.num_classes)
+        x, y = training_batch(self.images, self.labels, index, self.model.model.num_classes)
         return x.contiguous(memory_format=self.layout), y
 
     def train_step(self):
@@ -864,7 +890,8 @@ class TrainingRun:
         epoch, i = divmod(self.step, self.steps_per_epoch)
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
-            self.order = torch.randperm(len(self.images), generator=generator)
+            self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.device)
+        # From here on, all that is random in this step follows from seed, step and process.
         torch.manual_seed((1_000_003 * self.config.seed + self.step) * self.world + self.rank)
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.rank::self.world])
@@ -882,9 +909,9 @@ class TrainingRun:
 
     def fetch_losses(self):
         """Fetch the pending losses from the device, many at once since a GPU stands still for it, and check them."""
-        pending, self.pending = self.pending, []
-        for step, values in enumerate(pending, start=self.step - len(pending) + 1):
-            loss, gradient_norm = values.tolist()
+        pending = torch.stack(self.pending).tolist() if self.pending else []
+        self.pending = []
+        for step, (loss, gradient_norm) in enumerate(pending, start=self.step - len(pending) + 1):
             if not math.isfinite(loss + gradient_norm):
                 raise FloatingPointError(f"the loss is not finite at step {step} (loss {loss}, gradient norm "
                                          f"{gradient_norm}): try a lower --lr. {self.state_path} is from before that")
@@ -894,6 +921,8 @@ class TrainingRun:
 
     def save_state(self):
         self.fetch_losses()  # which raises where something has gone wrong: then the last good state stays
+        if self.tensorboard:
+            self.tensorboard.flush()
         if self.rank == 0:
             with replacing(self.state_path) as temporary:
                 torch.save(dict(model=self.model.model.state_dict(), ema=self.ema.model.state_dict(),
@@ -908,10 +937,9 @@ class TrainingRun:
             was = TrainConfig(**state["config"])
         for name, new in asdict(self.config).items():
             old, flag = getattr(was, name), "--" + name.replace("_", "-")
-            if name not in FREE_TO_CHANGE and old != new:
+            if name not in MAY_CHANGE_ON_RESUME and old != new:
                 raise ValueError(f"the run in {self.out} was begun with {flag} {old}, not {new}: give the same, "
                                  f"another --out, or --restart")
-        self.say(f"going on from step {state['step']} of {self.state_path} (--restart would begin again)")
         return state
 
     def restore(self, state):
@@ -939,6 +967,8 @@ class TrainingRun:
         """Say what is trained on what. At the very start, show what the network is fed and keep an old checkpoint."""
         config, parameters = self.config, sum(parameter.numel() for parameter in self.model.parameters())
         small = "" if self.batch_size == config.batch_size else f" (the data holds no {config.batch_size})"
+        if not self.fresh:
+            self.say(f"going on after step {self.step} from {self.state_path} (--restart begins again)")
         self.say(f"device    {self.device}, {'bfloat16' if has_bfloat16(self.device) else 'float32'}\n"
                  f"network   {parameters / 1e6:.1f} M parameters, {self.model.model.num_classes or 'no'} classes\n"
                  f"data      {len(self.images):,} images of {config.data}, {config.image_size} pixels wide\n"
@@ -958,7 +988,7 @@ class TrainingRun:
         """Report; every few epochs, and after the last, draw samples and export the model."""
         config, epoch = self.config, self.step // self.steps_per_epoch
         self.fetch_losses()
-        self.epoch_losses.append(statistics.fmean(self.losses))
+        self.epoch_losses.append(sum(self.losses) / len(self.losses))
         self.losses = []
         if self.rank > 0:
             return
@@ -1031,7 +1061,6 @@ def train(config):
     finite, and SystemExit (130 or 143) after Ctrl-C or SIGTERM, with the state saved.
     """
     from tqdm import tqdm
-    keep_freed_memory()
     torch.set_flush_denormal(True)  # numbers too small to matter make a CPU many times slower
     torch.backends.cudnn.benchmark = True
     run = TrainingRun(config)
@@ -1041,17 +1070,18 @@ def train(config):
     run.begin()
     bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images",
                unit_scale=True, dynamic_ncols=True, disable=run.rank > 0 or not sys.stderr.isatty())
-    saved = fetched = time.monotonic()
+    last = saved = fetched = time.monotonic()
     with bar, stop_signals() as received:
         while run.step < run.total_steps:
-            started = time.monotonic()
             run.train_step()
             now = time.monotonic()
-            run.seconds += now - started
+            run.seconds += now - last
+            last = now
             bar.update(run.batch_size)
             if now - fetched > 1:
                 run.fetch_losses()
-                bar.set_postfix(loss=f"{statistics.fmean(run.losses[-100:]):.4f}")
+                recent = run.losses[-100:]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
                 fetched = now
             stop, epoch_done = run.stop_after_this_step(received), run.step % run.steps_per_epoch == 0
             if epoch_done:
@@ -1062,6 +1092,8 @@ def train(config):
             if stop:
                 run.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
                 sys.exit(128 + stop)
+    if run.world > 1:
+        torch.distributed.destroy_process_group()
     run.say(f"wrote {run.checkpoint}; draw from it: python inference_example.py --checkpoint {run.checkpoint}")
     return run.ema
 
@@ -1107,26 +1139,26 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def ends_in_one_line(main):
+@contextlib.contextmanager
+def ends_in_one_line():
     """Let what a user can cause end in one line that begins with error: and in exit code 2."""
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            return main(argv)
-        except KeyboardInterrupt:  # before or after the training, which stops by itself
-            sys.exit(130)
-        except (ValueError, OSError, FloatingPointError) as error:
-            message = " ".join(str(error).split())
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            message = f"out of memory: lower --batch-size, --hidden-channels or --image-size, or -n ({brief(error)})"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    return wrapped
+    try:
+        yield
+    except KeyboardInterrupt:  # before or after the training, which stops by itself
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = " ".join(str(error).split())
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # the word of CPU, CUDA and MPS alike
+            raise
+        message = f"out of memory: lower --batch-size, --hidden-channels or --image-size, or -n ({brief(error)})"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-@ends_in_one_line
+@ends_in_one_line()
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for entry in fields(TrainConfig):
@@ -1136,7 +1168,8 @@ def main(argv=None):
         else:
             several = isinstance(default, tuple)
             parser.add_argument(flag, type=int if several else rules.get("type", type(default)), default=default,
-                                nargs="*" if several else None, metavar="", help=f"{rules['meaning']} ({default})")
+                                nargs="*" if several else None, metavar="",
+                                help=rules["meaning"] + f" ({default})" * (default is not None))
     train(TrainConfig(**vars(parser.parse_args(argv))))
 
 

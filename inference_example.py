@@ -159,7 +159,7 @@ def layout(args, names):
     return [i % len(names) if names else None for i in range(n)], n if args.interpolate else math.ceil(math.sqrt(n))
 
 
-@ends_in_one_line
+@ends_in_one_line()
 def main(argv=None):
     keep_freed_memory()
     args = parse(argv)

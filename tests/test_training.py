@@ -179,7 +179,7 @@ def test_a_finished_run_does_nothing_and_more_epochs_go_on(here, capsys):
     assert "finished" in out and "--epochs" in out and "--restart" in out
     assert train("--epochs", 3) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("going on from step 16") and sum(line.startswith("epoch") for line in out) == 1
+    assert out[0].startswith("going on after step 16") and sum(line.startswith("epoch") for line in out) == 1
     assert state()["epoch_losses"][:2] == first["epoch_losses"] and len(state()["epoch_losses"]) == 3
     assert json.loads(Path("model_info.json").read_text())["epochs"] == 3
     assert train("--restart") == 0 and "going on" not in capsys.readouterr().out
