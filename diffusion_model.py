@@ -83,7 +83,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
         # Each (B, heads, HW, C / heads):
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu":  # whose fused kernel is two to six times slower than this in training
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # the backward of its fused kernel is very slow
             scale = q.shape[-1] ** -0.5
             h = ((scale * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
@@ -580,7 +580,13 @@ class SimpleDiffusion(nn.Module):
             with torch.device("meta"):  # a configuration can claim any size: compare it with the weights first
                 model = cls(**config)
             load_weights(model.model, weights, assign=True)
-        return model.to(pick_device(device)).eval()
+        device = pick_device(device)
+        return model.to(device, memory_format=memory_format(device)).eval()
+
+
+def memory_format(device):
+    """How images lie in memory where convolutions are fastest. On MPS channels_last is slow, and has been wrong."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def pick_device(name=None):
@@ -836,9 +842,7 @@ class TrainingRun:
             config.image_size, config.n_steps, config.hidden_channels, config.schedule, config.prediction, class_names,
             channel_mults=config.channel_mults, num_res_blocks=config.num_res_blocks, dropout=config.dropout,
             attention_levels=config.attention_levels, num_heads=config.num_heads)
-        # On MPS channels_last is slow, and has been wrong.
-        self.layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
-        self.model.to(self.device, memory_format=self.layout)
+        self.model.to(self.device, memory_format=memory_format(self.device))
         # The average over the steps, which is what is drawn from and exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01,
@@ -883,7 +887,7 @@ class TrainingRun:
 
     def batch(self, index):
         x, y = training_batch(self.images, self.labels, index, self.model.model.num_classes)
-        return x.contiguous(memory_format=self.layout), y
+        return x.contiguous(memory_format=memory_format(x.device)), y
 
     def train_step(self):
         """One pass through the loop of Algorithm 1."""
