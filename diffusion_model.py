@@ -593,7 +593,8 @@ def pick_device(name=None):
     """MPS, then CUDA, then CPU. With a name that very device, or a ValueError if it is not available."""
     if name is not None:
         try:
-            return torch.empty(0, device=name).device
+            torch.zeros(1, device=name).tolist()
+            return torch.device(name)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {name} is not available here: {brief(error)}") from None
     if torch.backends.mps.is_available():
