@@ -240,6 +240,11 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else contextlib.nullcontext()
 
 
+def memory_format(device):
+    """How images lie in memory where convolutions are fastest. On MPS channels_last is slow, and has been wrong."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 @contextlib.contextmanager
 def eval_mode(module):
     """Without dropout inside the block; after it every part of `module` is in the mode it was in."""
@@ -379,7 +384,7 @@ class DiffusionModel(nn.Module):
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
         x_T (N, C, H, W): the starting noise, in place of the seed's.
         """
-        device = self.betas.device
+        device, layout = self.betas.device, memory_format(self.betas.device)
         y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
         timesteps = self.timesteps(sampler, steps)
         if init_image is not None:
@@ -408,7 +413,7 @@ class DiffusionModel(nn.Module):
             pairs = list(zip(timesteps, timesteps[1:] + [clean]))
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; s is the timestep after t
                 # Algorithm 2, lines 3 and 4, for any sampler: estimate x_0, then go to x_s.
-                t_batch = torch.full(shape[:1], t, device=device)
+                x_t, t_batch = x_t.contiguous(memory_format=layout), torch.full(shape[:1], t, device=device)
                 x_0_previous, x_0 = x_0, self.predict_x_start(x_t, t_batch, y, guidance)
                 if callback is not None:
                     callback(i, t, x_t, x_0)
@@ -582,11 +587,6 @@ class SimpleDiffusion(nn.Module):
             load_weights(model.model, weights, assign=True)
         device = pick_device(device)
         return model.to(device, memory_format=memory_format(device)).eval()
-
-
-def memory_format(device):
-    """How images lie in memory where convolutions are fastest. On MPS channels_last is slow, and has been wrong."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def pick_device(name=None):

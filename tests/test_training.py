@@ -154,7 +154,7 @@ def test_killed_at_random_moments(tmp_path, longer, seed):
 @pytest.mark.parametrize("dropout", [0, 0.3])
 def test_stopped_after_every_single_step(here, monkeypatch, capsys, dropout):
     """Ctrl-C and SIGTERM in turn, within an epoch too: 130 and 143, a word how to go on, the bits of a whole run."""
-    flags = ("--limit", 100, "--dropout", dropout)  # three steps an epoch
+    flags, handler = ("--limit", 100, "--dropout", dropout), signal.getsignal(signal.SIGINT)  # three steps an epoch
     assert train(*flags, "--out", "whole") == 0
     for step, number in enumerate([signal.SIGINT, signal.SIGTERM] * 3, start=1):
         capsys.readouterr()
@@ -165,7 +165,7 @@ def test_stopped_after_every_single_step(here, monkeypatch, capsys, dropout):
         assert f"step {step} of 6" in lines[-1] and "same command" in lines[-1]
         assert step == 1 or (lines[0].startswith("going on") and f"step {step - 1} " in lines[0])
     assert same(state(), state("whole"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+    assert signal.getsignal(signal.SIGINT) is handler  # as it was before
 
 
 def test_a_finished_run_does_nothing_and_more_epochs_go_on(here, capsys):
