@@ -850,6 +850,7 @@ class TrainingRun:
                                            fused=True)
         if state is not None:
             self.restore(state)
+        self.resumed_at = self.step, self.seconds
         # Under torchrun, backward() averages the gradients over the processes.
         self.loss = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
@@ -997,7 +998,8 @@ class TrainingRun:
         self.losses = []
         if self.rank > 0:
             return
-        speed = self.step * self.batch_size / self.seconds
+        first_step, seconds_before = self.resumed_at  # how fast it was elsewhere or earlier is another matter
+        speed = (self.step - first_step) * self.batch_size / (self.seconds - seconds_before)
         minutes_left = (self.total_steps - self.step) * self.batch_size / speed / 60
         bar.write(f"epoch {epoch:3d}/{config.epochs}  loss {self.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
                   f"{minutes_left:.0f} minutes left", file=sys.stdout)
