@@ -393,7 +393,6 @@ class DiffusionModel(nn.Module):
             timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]
             if not timesteps:
                 raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
-
         # A generator for each image, on the CPU: a picture depends on its seed alone, not on batch or device.
         seed = torch.Generator().seed() % 2**31 if seed is None else seed
         generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
@@ -957,7 +956,7 @@ class TrainingRun:
             self.epoch_losses, self.losses = state["epoch_losses"], state["losses"]
             done = (len(self.epoch_losses), len(self.losses))
             if type(self.step) is not int or divmod(self.step, self.steps_per_epoch) != done or not (
-                    0 <= self.seconds < math.inf and all(map(math.isfinite, self.epoch_losses + self.losses))):
+                    0 <= self.seconds < 1e9 and all(map(math.isfinite, self.epoch_losses + self.losses))):
                 raise ValueError("its step, seconds and losses do not fit together")
             load_weights(self.model.model, state["model"])
             load_weights(self.ema.model, state["ema"])
