@@ -13,8 +13,8 @@ A run that was stopped goes on when the same command is given again. All flags: 
 
 The classes need torch alone: acts 1 to 3 can be copied into a project of your own. Images are [-1, 1] inside.
 
-Equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models (arXiv 2006.11239),
-where no other paper is named: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
+Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
+(arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
 DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Lu et al. 2022
 (2211.01095: DPM-Solver++).
 """
@@ -44,15 +44,15 @@ import torch.nn.functional as F
 
 def time_embedding(t, width):
     """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) in 0..n_steps-1 -> (B, width) float32."""
-    half = (width + 1) // 2
-    # In float32 throughout: bfloat16 would make neighbouring timesteps one.
+    half = (width + 1) // 2                                                 # rounded up: width may be odd
+    # All in float32: in bfloat16 neighbouring timesteps would be equal.
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies                               # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]
 
 
 def largest_divisor(n, limit):
-    """The largest whole number up to `limit` that divides n: so any number of channels can be split."""
+    """The largest whole number up to `limit` that divides n, so that any number of channels can be split evenly."""
     return next(k for k in range(min(n, limit), 0, -1) if n % k == 0)
 
 
@@ -62,7 +62,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """Zero the last layer of a residual branch, so that the branch starts as the identity."""
+    """Zero the last layer of a residual branch, so that at first the branch adds nothing: this trains more stably."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -81,21 +81,19 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
-        # Each (B, heads, HW, C / heads):
+        # Each of the three is (B, heads, HW, C / heads).
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # the backward of its fused kernel is very slow
-            scale = q.shape[-1] ** -0.5
-            h = ((scale * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: the CPU's fused backward is very slow
+            h = ((q.shape[-1] ** -0.5 * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
-        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
+        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))                # the heads side by side again
         return x + h.transpose(1, 2).view(B, C, H, W)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with a residual connection; time and class scale and shift the features between them.
+    """Two convolutions, between which time and class scale and shift the features; then attention if num_heads > 0.
 
-    Attention follows where num_heads is not 0.
     forward(x, emb): x (B, in_channels, H, W), emb (B, time_dim) -> (B, out_channels, H, W)
     """
 
@@ -113,7 +111,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x, emb):
         scale, shift = self.time(emb)[:, :, None, None].chunk(2, dim=1)     # (B, out_channels, 1, 1) each
         h = self.conv1(F.silu(self.norm1(x)))
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)                  # in one pass over memory
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)                  # shift + norm * (1 + scale), in one pass
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(self.skip(x) + h)
 
@@ -122,13 +120,20 @@ class SimpleUNet(nn.Module):
     """The network: noisy images and their timesteps in, a prediction of the same shape out.
 
     forward(x, t, y=None): x (B, in_channels, H, W), t (B,) int64 in 0..n_steps-1, y (B,) int64 or None -> like x.
-    Label num_classes is the null label ("no class"); y=None means null for every image. Level i works at H / 2**i with
-    hidden_channels * channel_mults[i] channels, and has attention if it is one of attention_levels. Raises ValueError
-    if H or W is not a multiple of 2**(levels - 1), or if labels are given to a network without classes.
+    Label num_classes is the null label ("no class"); y=None means null for every image. Raises ValueError if H or W is
+    not a multiple of 2**(levels - 1), or if labels are given to a network without classes.
     """
 
-    def __init__(self, in_channels=3, hidden_channels=64, channel_mults=(1, 2, 4), num_res_blocks=2,
-                 attention_levels=(1, 2), num_heads=4, time_dim=256, dropout=0.0, num_classes=None):
+    def __init__(self,
+                 in_channels=3,
+                 hidden_channels=64,
+                 channel_mults=(1, 2, 4),       # level i has hidden_channels * channel_mults[i], works at H / 2**i
+                 num_res_blocks=2,              # of each level on the way down; on the way up it is one more
+                 attention_levels=(1, 2),       # where each pixel looks at all others: too slow at the full size
+                 num_heads=4,                   # of the attention
+                 time_dim=256,                  # channels of the embedding of time and class
+                 dropout=0.0,                   # share of the values dropped in each block while training
+                 num_classes=None):             # None: the network knows no classes
         super().__init__()
         self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, channel_mults=list(channel_mults),
                            num_res_blocks=num_res_blocks, attention_levels=list(attention_levels), num_heads=num_heads,
@@ -136,7 +141,7 @@ class SimpleUNet(nn.Module):
         sizes = [in_channels, hidden_channels, num_res_blocks, num_heads, time_dim, *channel_mults]
         if not channel_mults or min(sizes) < 1 or (num_classes is not None and num_classes < 1):
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
-        if len(channel_mults) * num_res_blocks > 1000:
+        if len(channel_mults) * num_res_blocks > 1000:  # building more would take very long
             raise ValueError(f"num_res_blocks {num_res_blocks} on {len(channel_mults)} levels: more than 1000 blocks")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
@@ -146,26 +151,24 @@ class SimpleUNet(nn.Module):
             return ResidualBlock(c_in, c_out, time_dim, dropout, num_heads if level in attention_levels else 0)
 
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)  # + 1: null
         self.stem = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
 
-        widths = [hidden_channels * mult for mult in channel_mults]
-        channels, skips = hidden_channels, [hidden_channels]
-        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()           # from the first level to the last
+        # Down: every result is kept for the way up. `skips` holds their numbers of channels, the newest last.
+        widths, skips = [hidden_channels * mult for mult in channel_mults], [hidden_channels]
+        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             if level > 0:
-                self.shrink.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-                skips.append(channels)
+                self.shrink.append(nn.Conv2d(skips[-1], skips[-1], 3, stride=2, padding=1))  # halves H and W
+                skips.append(skips[-1])
             self.down.append(nn.ModuleList())
             for _ in range(num_res_blocks):
-                self.down[-1].append(block(channels, width, level))
-                channels = width
-                skips.append(channels)
-
-        last = len(widths) - 1
+                self.down[-1].append(block(skips[-1], width, level))
+                skips.append(width)
+        # Bottleneck: a block, attention if the last level has it, a block.
+        last, channels = len(widths) - 1, widths[-1]
         self.middle = nn.ModuleList([block(channels, channels, last), block(channels, channels, None)])
-
-        # The way up mirrors the way down: each block takes one skip, hence num_res_blocks + 1 of them.
+        # Up: each block takes one of the kept results: those of the level's blocks, and the one before them.
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level in range(last, -1, -1):
             if level < last:
@@ -185,9 +188,9 @@ class SimpleUNet(nn.Module):
         emb = self.time_mlp(time_embedding(t, self.time_dim))               # (B, time_dim)
         if self.num_classes is not None:
             emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
-        emb = F.silu(emb)
+        emb = F.silu(emb)                                                   # here once, not in every block
 
-        # Down. The shapes are those of the defaults.
+        # Down. The shapes in these comments are those of the defaults and 32x32 images.
         x = self.stem(x)                                                    # (B, 64, 32, 32)
         skips = [x]
         for level, blocks in enumerate(self.down):
@@ -215,7 +218,7 @@ class SimpleUNet(nn.Module):
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     """The variance of the noise that each step adds: (n_steps,) float64, below 1."""
-    if schedule == "linear":  # scaled from the paper's 1000 steps, so that x_T is noise for every n_steps
+    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is noise for every n_steps
         betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
         s = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
@@ -223,13 +226,19 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
         betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     else:
         raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
-    return betas.clamp(max=0.999)
+    return betas.clamp(max=0.999)  # a beta of 1 would leave nothing of the image
+
+
+def extract(table, t):
+    """The table's values at timesteps t (B,), shaped (B, 1, 1, 1) to multiply images with."""
+    return table[t][:, None, None, None]
 
 
 def has_bfloat16(device):
     """Whether the device multiplies bfloat16 in hardware: elsewhere it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older versions of torch have no get_capabilities: dict() then stands for a CPU that has none.
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
@@ -241,13 +250,14 @@ def autocast(device):
 
 
 def memory_format(device):
-    """How images lie in memory where convolutions are fastest. On MPS channels_last is slow, and has been wrong."""
+    """The order of an image's numbers in memory that makes convolutions fastest."""
+    # On MPS channels_last is slow, and some versions of torch computed wrong results with it.
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """Without dropout inside the block; after it every part of `module` is in the mode it was in."""
+    """Inside the block `module` is in eval mode (no dropout); after it each of its parts is in the mode it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -259,18 +269,17 @@ def eval_mode(module):
 
 def progress_bar(steps, show):
     """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
-    try:
+    with contextlib.suppress(ImportError):  # acts 1 to 3 need torch alone
         from tqdm import tqdm
-    except ImportError:
-        return steps
-    return tqdm(steps, disable=not show, desc="sampling", leave=False)
+        return tqdm(steps, disable=not show, desc="sampling", leave=False)
+    return steps
 
 
 class DiffusionModel(nn.Module):
     """The forward process q, the training loss and the reverse process p, around any network.
 
-    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t; y (B,) int64 is its third
-    argument, only where y is given. Guidance takes its attribute num_classes for the null label.
+    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
+    third argument, where they are given. For guidance, its attribute num_classes is the null label.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
     """
 
@@ -285,24 +294,23 @@ class DiffusionModel(nn.Module):
         self.model, self.n_steps, self.schedule, self.prediction = model, n_steps, schedule, prediction
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
                            prediction=prediction)
-        # In float64, for the product of a thousand factors near 1. The device only ever sees float32: MPS has no more.
+        # Computed in float64, since a thousand factors near 1 are multiplied; kept as float32, all that MPS has.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # section 2, above eq. 4
+        alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])  # 1: the clean image
         tables = dict(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
-            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: how much is left of the image
+            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
             posterior_variance=betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),  # eq. 7; 0 where t = 0
         )
         for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
+            self.register_buffer(name, table.float(), persistent=False)     # not in files: config rebuilds them
 
     def alpha_sigma(self, t):
         """The factors in x_t = alpha * x_0 + sigma * noise, alpha^2 + sigma^2 = 1: t (B,) -> two (B, 1, 1, 1)."""
-        alpha, sigma = self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
-        return alpha[:, None, None, None], sigma[:, None, None, None]
+        return extract(self.sqrt_alphas_cumprod, t), extract(self.sqrt_one_minus_alphas_cumprod, t)
 
     def q_sample(self, x_start, t, noise=None):
         """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W) in [-1, 1], t (B,) int64 -> like x_start."""
@@ -310,46 +318,45 @@ class DiffusionModel(nn.Module):
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_start + sigma * noise
 
+    def predict(self, x_t, t, y=None):
+        """The network's output, in float32. Without labels it gets no third argument, so that any network will do."""
+        return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
+
     def forward(self, x_start, y=None, t=None, noise=None):
         """The training loss (eq. 14, Algorithm 1): x_start (B, C, H, W) in [-1, 1], y (B,) int64 or None -> scalar."""
         if t is None:
             t = torch.randint(0, self.n_steps, x_start.shape[:1], device=x_start.device)  # Algorithm 1, line 3
         if noise is None:
             noise = torch.randn_like(x_start)                                             # line 4
-        x_t = self.q_sample(x_start, t, noise)
-        prediction = self.model(x_t, t) if y is None else self.model(x_t, t, y)
+        x_t = self.q_sample(x_start, t, noise)                                            # line 5, in the brackets
         alpha, sigma = self.alpha_sigma(t)
         target = noise if self.prediction == "noise" else alpha * noise - sigma * x_start
-        return F.mse_loss(prediction.float(), target)                                     # line 5
+        return F.mse_loss(self.predict(x_t, t, y), target)                                # line 5; backward() follows
 
     def predict_x_start(self, x_t, t, y=None, guidance=1.0):
         """Estimate x_0 from x_t: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
-        if y is None:
-            prediction = self.model(x_t, t)
-        elif guidance == 1:
-            prediction = self.model(x_t, t, y)
+        if guidance == 1:
+            prediction = self.predict(x_t, t, y)
         else:  # Ho and Salimans 2022, eq. 6, with guidance = 1 + their w; both halves in one batch
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
-            conditional, null = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).float().chunk(2)
+            conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
         alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "noise":
-            x_0 = (x_t - sigma * prediction.float()) / alpha  # eq. 4, solved for x_0
+            x_0 = (x_t - sigma * prediction) / alpha                        # eq. 4, solved for x_0
         else:
-            x_0 = alpha * x_t - sigma * prediction.float()    # Salimans and Ho 2022, section 4
-        return x_0.clamp(-1, 1)  # no image lies outside: what does is an error that later steps would enlarge
+            x_0 = alpha * x_t - sigma * prediction                          # Salimans and Ho 2022, section 4
+        return x_0.clamp(-1, 1)  # no image lies outside; later steps would make the error larger
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
         """One ancestral step (Algorithm 2, lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}, like x_t."""
         x_0 = self.predict_x_start(x_t, t, y)
-        _, sigma_t = self.alpha_sigma(t)
-        alpha_s, sigma_s = self.alpha_sigma((t - 1).clamp(min=0))           # s = t - 1
-        clean = (t == 0)[:, None, None, None]                               # where s is the image itself
-        alpha_s, sigma_s = alpha_s.masked_fill(clean, 1.0), sigma_s.masked_fill(clean, 0.0)
-        beta, variance = self.betas[t][:, None, None, None], self.posterior_variance[t][:, None, None, None]
-        mean = (alpha_s * beta * x_0 + (1 - beta).sqrt() * sigma_s**2 * x_t) / sigma_t**2  # eq. 7
-        return mean + variance.sqrt() * torch.randn_like(x_t)               # no noise where t = 0: the variance is 0
+        alpha, sigma = self.alpha_sigma(t)
+        beta, variance = extract(self.betas, t), extract(self.posterior_variance, t)
+        # Eq. 7, in which sqrt(alphas_cumprod_{t-1}) is alpha / sqrt(1 - beta). At t = 0 the mean is x_0, the variance 0.
+        mean = alpha * beta / ((1 - beta).sqrt() * sigma**2) * x_0 + (1 - beta).sqrt() * variance / beta * x_t
+        return mean + variance.sqrt() * torch.randn_like(x_t)
 
     def timesteps(self, sampler="dpm++", steps=None):
         """The strictly decreasing list of timesteps that a sampler visits. After the last comes the clean image."""
@@ -361,24 +368,25 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"steps must be in 1..{self.n_steps}, the n_steps of this model, got {steps}")
         if sampler != "dpm++":
             return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
-        # Even in lambda = log(alpha / sigma), the best spacing for small images (Lu et al. 2022).
+        # Evenly spaced in lambda = log(alpha / sigma), which is best for small images (Lu et al. 2022).
         alphas, sigmas = self.sqrt_alphas_cumprod.cpu().double(), self.sqrt_one_minus_alphas_cumprod.cpu().double()
-        lambdas = (alphas / sigmas).log()                                   # decreasing
+        lambdas = (alphas / sigmas).log()                                   # decreases with t
         # The last steps of the cosine schedule hold nothing but noise: start no lower than -5.1 there.
         start = lambdas[lambdas >= -5.1].min() if self.schedule == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, dtype=torch.float64, device="cpu")
+        # The timestep nearest to each is the number of midpoints above it; searchsorted needs them in rising order.
         midpoints = (lambdas[1:] + lambdas[:-1]) / 2
         nearest = torch.searchsorted(-midpoints, -wanted)                   # (steps,) in 0..n_steps-1
-        return sorted(set(nearest.tolist()), reverse=True)
+        return sorted(set(nearest.tolist()), reverse=True)                  # two may have the same nearest one
 
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
                strength=1.0, mask=None, progress=True, callback=None, x_T=None):
         """Draw images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
 
         sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.) or "dpm++" (DPM-Solver++(2M), Lu et al.).
-        steps: calls of the network, 1..n_steps; None: n_steps, 50 and 20. dpm++ drops timesteps that would come twice.
-        y: labels (N,). guidance: 1 draws as trained, more is more typical of the class, at twice the time.
-        seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's own state is left alone.
+        steps: how often the network is called; None: n_steps, 50 and 20. dpm++ leaves out repeated timesteps.
+        y: labels (N,). guidance: 1 draws as trained, more is more typical of the class and takes twice the time.
+        seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
@@ -390,11 +398,12 @@ class DiffusionModel(nn.Module):
         if init_image is not None:
             if strength == 0:
                 return init_image.clone()
-            timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]
+            highest = round(strength * self.n_steps, 6)                     # rounded, for 0.29 * 100 is below 29
+            timesteps = [t for t in timesteps if t <= highest]
             if not timesteps:
                 raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
         # A generator for each image, on the CPU: a picture depends on its seed alone, not on batch or device.
-        seed = torch.Generator().seed() % 2**31 if seed is None else seed
+        seed = torch.Generator().seed() % 2**31 if seed is None else seed   # seed() draws one from the system
         generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
 
         def draw_noise():
@@ -405,43 +414,41 @@ class DiffusionModel(nn.Module):
         sigmas = self.sqrt_one_minus_alphas_cumprod.tolist() + [0.0]
         clean = self.n_steps
         x_t = draw_noise() if x_T is None else x_T                          # Algorithm 2, line 1
-        if init_image is not None:
+        if init_image is not None:                                          # eq. 4
             x_t = alphas[timesteps[0]] * init_image + sigmas[timesteps[0]] * x_t
-        x_0 = h = None
+        pairs, x_0, h = list(zip(timesteps, timesteps[1:] + [clean])), None, None
         with torch.inference_mode(), eval_mode(self.model), autocast(device):
-            pairs = list(zip(timesteps, timesteps[1:] + [clean]))
-            for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; s is the timestep after t
-                # Algorithm 2, lines 3 and 4, for any sampler: estimate x_0, then go to x_s.
+            for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; from timestep t to the next, s
+                # Lines 3 and 4, for any sampler: estimate x_0 from x_t, then go to x_s.
                 x_t, t_batch = x_t.contiguous(memory_format=layout), torch.full(shape[:1], t, device=device)
                 x_0_previous, x_0 = x_0, self.predict_x_start(x_t, t_batch, y, guidance)
                 if callback is not None:
                     callback(i, t, x_t, x_0)
                 alpha_t, sigma_t, alpha_s, sigma_s = alphas[t], sigmas[t], alphas[s], sigmas[s]
-                D, spread = x_0, 0.0                                        # the image to aim at; fresh noise to add
+                D, spread = x_0, 0.0                                        # the image to aim at; the noise to add
                 if sampler == "dpm++" and s != clean:                       # Lu et al. 2022, Algorithm 2
                     h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
                     if i > 0:
-                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # x_0 moves on as it did before
+                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # as if x_0 went on changing so
                 if sampler == "ddpm":                                       # eq. 7, also where timesteps are skipped
                     spread = sigma_s / sigma_t * math.sqrt(max(0.0, 1 - (alpha_t / alpha_s) ** 2))
-                noise = (x_t - alpha_t * D) / sigma_t                       # what is not image in x_t
+                noise = (x_t - alpha_t * D) / sigma_t                       # eq. 4, solved for the noise
                 x_t = alpha_s * D + math.sqrt(max(0.0, sigma_s**2 - spread**2)) * noise  # Song et al. 2021, eq. 12
                 if spread > 0:
                     x_t = x_t + spread * draw_noise()
-                if mask is not None:                                        # noise the kept pixels as the others are
+                if mask is not None:                                        # kept pixels: as noisy as the others
                     x_t = mask * x_t + (1 - mask) * (alpha_s * init_image + sigma_s * draw_noise())
-        return x_t.clone()  # outside of inference mode: a tensor like any other
+        return x_t.clone()  # outside of inference mode, so that it can be used in training too
 
     def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
         """Check what `sample` is asked for (else ValueError), and bring it to the device."""
-        if shape[0] < 1:
-            raise ValueError(f"at least one image must be asked for, got {shape[0]}")
-
         def tensor(value, dtype=torch.float32):
             return None if value is None else torch.as_tensor(value, dtype=dtype, device=self.betas.device)
 
         y, init_image, mask, x_T = tensor(y, torch.int64), tensor(init_image), tensor(mask), tensor(x_T)
-        num_classes = getattr(self.model, "num_classes", None)
+        num_classes = getattr(self.model, "num_classes", None)              # a network of one's own may have none
+        if shape[0] < 1:
+            raise ValueError(f"at least one image must be asked for, got {shape[0]}")
         for name, value, wanted in (("y", y, shape[:1]), ("init_image", init_image, shape), ("x_T", x_T, shape)):
             if value is not None and tuple(value.shape) != tuple(wanted):
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
@@ -461,20 +468,20 @@ class DiffusionModel(nn.Module):
 
 
 def brief(error):
-    """One line of at most 300 characters."""
+    """What is wrong, in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path to write to, and move it to `path` only after all of it has been flushed to the disk."""
+    """Give a temporary file to write to, which takes the place of `path` only once all of it is on the disk."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
         raise OSError(f"{path} could not be written, what was there is unchanged: {brief(error)}") from None
@@ -484,7 +491,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever a damaged or foreign file makes go wrong inside the block becomes a ValueError that names the file."""
+    """Turn whatever goes wrong in the block, where `path` is read, into a ValueError that names it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -494,15 +501,16 @@ def reading(path):
 
 
 def read_tensors(path):
-    """What torch.save wrote to `path`, without running code that the file may hold."""
-    with zipfile.ZipFile(path) as archive:  # torch ignores the checksums, and would unpack a zip bomb
+    """What torch.save wrote to `path`. weights_only: code that the file may hold is not run."""
+    # torch itself ignores the checksums, and would unpack a small file that grows to terabytes. Ours are not packed.
+    with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
             raise ValueError("its checksums or sizes are wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_plain(values):
-    """Let only numbers, strings and flat lists of them pass: a few bytes of nested lists can print as terabytes."""
+    """Let only numbers, strings and flat lists of them pass: nested lists of a few bytes can print as terabytes."""
     for value in values:
         for entry in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(entry, (int, float, str, type(None))):
@@ -510,19 +518,36 @@ def check_plain(values):
 
 
 def load_weights(network, weights, assign=False):
-    """Load a state dict that may hold anything. assign: where the network lies on the meta device."""
+    """Load a state dict from a file that may hold anything. assign: for a network on the meta device."""
     for name, tensor in weights.items():
-        # By repeating its values, a tensor can claim to hold more of them than the file does.
+        # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
         repeats = tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
         if repeats or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{name} does not hold {tensor.numel()} finite numbers")
     network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=assign)
 
 
-class SimpleDiffusion(nn.Module):
-    """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn with.
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
-    With class_names (or num_classes) the network is conditional. unet_options: the other options of SimpleUNet.
+
+def pick_device(name=None):
+    """MPS, then CUDA, then CPU. With a name that very device, or a ValueError if it is not available."""
+    if name is not None:
+        try:
+            torch.zeros(1, device=name).tolist()  # really use it: that a name is known says nothing
+            return torch.device(name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} is not available here: {brief(error)}") from None
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class SimpleDiffusion(nn.Module):
+    """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
+
+    With class_names (or num_classes) it learns classes. unet_options: the other options of SimpleUNet.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
@@ -534,8 +559,8 @@ class SimpleDiffusion(nn.Module):
                 raise ValueError(f"{len(class_names)} class names for {unet_options['num_classes']} classes")
         self.image_size, self.class_names = image_size, class_names
         unet_options["hidden_channels"] = hidden_channels
-        with torch.device("meta"):  # where nothing is allocated
-            size = sum(parameter.numel() for parameter in SimpleUNet(**unet_options).parameters())
+        with torch.device("meta"):  # where tensors have a shape but no memory
+            size = count_parameters(SimpleUNet(**unet_options))
         if size > 10**9:
             raise ValueError(f"a network of {size / 1e9:,.0f} billion parameters is too large: lower hidden_channels")
         network = SimpleUNet(**unet_options)
@@ -544,8 +569,7 @@ class SimpleDiffusion(nn.Module):
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction)
 
     @property
-    def model(self):
-        """The SimpleUNet."""
+    def model(self):  # a property, for an attribute would put the weights into the state dict twice
         return self.diffusion.model
 
     def forward(self, x, y=None):
@@ -553,8 +577,7 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y)
 
     def sample(self, batch_size=4, **options):
-        """Draw images: -> (batch_size, C, S, S) in [0, 1]. The options are those of DiffusionModel.sample, where
-        init_image is in [-1, 1]. y=None draws without a class."""
+        """Draw images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample, in its ranges."""
         shape = (batch_size, self.model.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
@@ -576,29 +599,16 @@ class SimpleDiffusion(nn.Module):
         """
         with reading(path):
             saved = read_tensors(path)
-            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # of torch.compile and DDP
+            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # left by torch.compile and DDP
                        for name, tensor in saved["model_state_dict"].items()}
             config = dict(saved["model_config"], **saved["diffusion_config"], image_size=saved["image_size"],
                           class_names=saved["class_names"])
             check_plain(config.values())
-            with torch.device("meta"):  # a configuration can claim any size: compare it with the weights first
+            with torch.device("meta"):  # the file can claim any size: memory is only taken for the weights it holds
                 model = cls(**config)
             load_weights(model.model, weights, assign=True)
         device = pick_device(device)
         return model.to(device, memory_format=memory_format(device)).eval()
-
-
-def pick_device(name=None):
-    """MPS, then CUDA, then CPU. With a name that very device, or a ValueError if it is not available."""
-    if name is not None:
-        try:
-            torch.zeros(1, device=name).tolist()
-            return torch.device(name)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} is not available here: {brief(error)}") from None
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -630,20 +640,20 @@ SHAPES = {  # which points belong to a shape; a and b are |x| and |y|, from 0 in
 
 
 def draw_shapes(image_size, count, seed=0):
-    """Ten classes of coloured shapes, the same for a seed: -> uint8 (count, 3, S, S), labels (count,), class names."""
+    """Coloured shapes, the same ones for a seed: -> uint8 (count, 3, S, S), labels (count,), the ten class names."""
     numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed), device="cpu")
     labels = (numbers[:, 0] * len(SHAPES)).long()
-    places, paints = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre and radius; shape and ground
-    paints[torch.arange(count), (2 * numbers[:, 10]).long()] += 150            # one of the two is bright
-    axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points a pixel
+    places, colours = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre, radius; shape, background
+    colours[torch.arange(count), (2 * numbers[:, 10]).long()] += 150        # one of the two is bright
+    axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points in each pixel
     images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
     for i, (centre_x, centre_y, radius) in enumerate(places.tolist()):
         x, y = ((axis - (centre - 0.5) / 4) / (0.55 + 0.3 * radius) for centre in (centre_x, centre_y))
-        x, y = torch.meshgrid(x, y, indexing="xy")
+        x, y = torch.meshgrid(x, y, indexing="xy")                          # (4 S, 4 S) each
         inside = list(SHAPES.values())[labels[i]](x, y, x.abs(), y.abs())
-        cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): the share of each pixel
-        shape, ground = paints[i, :, :, None, None]
-        images[i] = (cover * shape + (1 - cover) * ground).round()
+        cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): how much of each pixel
+        shape, background = colours[i, :, :, None, None]
+        images[i] = (cover * shape + (1 - cover) * background).round()
     return images, labels, list(SHAPES)
 
 
@@ -654,15 +664,15 @@ def read_picture(path, image_size):
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith(("I", "F")):  # 16 bits and more, which PIL would cut off at 255
+        if picture.mode.startswith(("I", "F")):  # 16 bits and more: PIL would make all above 255 white
             values = numpy.asarray(picture, dtype=float)
-            values = values / 257 if picture.mode.startswith("I;16") or values.max() > 255 else values
+            values = values / 257 if picture.mode.startswith("I;16") or values.max() > 255 else values  # 65535 -> 255
             picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return torch.tensor(numpy.asarray(ImageOps.fit(picture.convert("RGB"), [image_size] * 2))).permute(2, 0, 1)
-    except Exception as error:  # PIL raises many kinds
+    except Exception as error:  # PIL raises many kinds of them
         raise ValueError(f"{path}: not a readable picture: {brief(error)}") from None
 
 
@@ -675,7 +685,7 @@ def load_folder(folder, image_size, limit):
         raise ValueError(f"{folder}: no pictures found ({' '.join(sorted(suffixes))})")
     images = torch.stack([read_picture(path, image_size) for path in paths])
     subfolders = [path.relative_to(folder).parts[:-1] for path in paths]
-    if not all(subfolders):
+    if not all(subfolders):  # some pictures lie in `folder` itself
         return images, None, None
     class_names = sorted({parts[0] for parts in subfolders})
     return images, torch.tensor([class_names.index(parts[0]) for parts in subfolders]), class_names
@@ -700,7 +710,7 @@ def load_images(data, image_size=32, limit=None):
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data)
     try:
-        cifar = CIFAR10(root, train=True, download=data == "cifar10")       # checks what is there, byte for byte
+        cifar = CIFAR10(root, train=True, download=data == "cifar10")       # checks the checksums of what is there
     except Exception as error:  # no network, a full disk, a file cut off
         raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): put cifar-10-python.tar.gz of "
                          f"https://www.cs.toronto.edu/~kriz/cifar.html into {root.resolve()} and use --data cifar10, "
@@ -709,13 +719,52 @@ def load_images(data, image_size=32, limit=None):
     if image_size != 32:
         size = (image_size, image_size)
         images = torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
-                            for part in images.split(1000)])
+                            for part in images.split(1000)])  # in parts, for as floats they take four times the memory
     return images, labels, cifar.classes
 
 
+def save_grid(images, path, columns, scale=None):
+    """Write images (N, C, S, S) in [0, 1] as one PNG, each pixel `scale` wide (None: images of about 128 pixels)."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+    scale = max(1, 128 // images.shape[-1]) if scale is None else scale
+    pixels = to_uint8(images.cpu()).repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    with replacing(path) as temporary:
+        Image.fromarray(make_grid(pixels, nrow=columns).permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+
+
+def plot_losses(losses, path):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure.add_subplot(xlabel="epoch", ylabel="training loss").plot(range(1, len(losses) + 1), losses, marker=".")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def plot_noising(image, config, path):
+    """Above, one image (C, S, S) in [-1, 1] at five timesteps; below, alphas_cumprod of the two schedules."""
+    from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    t = torch.tensor([min(round(share * config.n_steps), config.n_steps - 1) for share in (0, 0.1, 0.3, 0.5, 1)])
+    noised = DiffusionModel(None, config.n_steps, schedule=config.schedule).q_sample(image.expand(5, -1, -1, -1), t)
+    axes = figure.add_subplot(2, 1, 1, title="t = " + ", ".join(map(str, t.tolist())))
+    axes.imshow(make_grid(to_uint8((noised + 1) / 2), nrow=5).permute(1, 2, 0).numpy())
+    axes.axis("off")
+    axes = figure.add_subplot(2, 1, 2, xlabel="t", ylabel="alphas_cumprod")
+    for schedule in ("linear", "cosine"):
+        axes.plot(DiffusionModel(None, config.n_steps, schedule=schedule).alphas_cumprod.numpy(), label=schedule)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
 def option(default, meaning, **rules):
-    """A field of TrainConfig. rules: low (smallest value), below (values must be smaller), choices, and type where the
-    default does not tell it."""
+    """A field of TrainConfig. rules: low <= value < below, choices; and the type where the default is None."""
     return field(default=default, metadata=dict(meaning=meaning, **rules))
 
 
@@ -749,10 +798,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for entry in fields(self):
-            value, rules, flag = getattr(self, entry.name), entry.metadata, "--" + entry.name.replace("_", "-")
-            if isinstance(entry.default, tuple):
-                setattr(self, entry.name, tuple(value))
-            for number in (value if isinstance(entry.default, tuple) else [value]) if "low" in rules else []:
+            value, rules, flag = getattr(self, entry.name), entry.metadata, flag_of(entry.name)
+            several = isinstance(entry.default, tuple)
+            if several:
+                setattr(self, entry.name, tuple(value))  # the command line gives a list
+            for number in (value if several else [value]) if "low" in rules else []:
                 if number is not None and not rules["low"] <= number < rules.get("below", math.inf):
                     below = f" and below {rules['below']}" if "below" in rules else ""
                     raise ValueError(f"{flag} must be at least {rules['low']}{below}, got {number}")
@@ -760,21 +810,22 @@ class TrainConfig:
                 raise ValueError(f"{flag} must be one of {', '.join(rules['choices'])}, got {value}")
 
 
-# Any other option must be as it was when a run goes on, or it would be another run.
+# When a stopped run goes on, any other option must be as it was, or it would be another run.
 MAY_CHANGE_ON_RESUME = ("out", "epochs", "sample_every", "device", "compile", "tensorboard", "restart")
 
 
 def learning_rate(step, total_steps, peak):
     """Warm-up over 500 steps (5 % of a short run), times a cosine decay to zero. step: 0..total_steps-1."""
     warmup = min(500, max(1, total_steps // 20))
-    # The first step already learns: (step + 1), not step.
+    # step + 1: with step the first rate would be 0.
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
     """Move the average towards the weights after `step` steps, with a half-life of 3 % of those steps."""
-    decay = 0.5 ** (1 / (0.03 * step))  # decay ** half_life = 1/2; growing with the run, so that none is too short
+    # decay ** half_life = 1/2. A half-life that grows with the run suits runs of any length.
+    decay = 0.5 ** (1 / (0.03 * step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -782,27 +833,47 @@ def training_batch(images, labels, index, num_classes):
     """The images at `index`, half of them flipped, one label in ten dropped: -> x (B, C, S, S) in [-1, 1], y (B,)."""
     x = from_uint8(images[index])
     flipped = torch.rand(len(index), device=x.device) < 0.5
-    x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+    x = torch.where(flipped[:, None, None, None], x.flip(3), x).contiguous(memory_format=memory_format(x.device))
     if labels is None:
         return x, None
-    # Guidance needs to know what the network draws without a class (Ho and Salimans 2022, Algorithm 1).
+    # Guidance also asks the network without a class, so it has to learn that too (Ho and Salimans 2022, Algorithm 1).
     dropped = torch.rand(len(index), device=x.device) < 0.1
     return x, labels[index].masked_fill(dropped, num_classes)
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensor: fresh pages cost a fifth of a training step on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):  # elsewhere than on Linux with glibc
+    """Have the C library keep freed memory for the next tensor: new memory costs a fifth of a step on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)   # M_MMAP_MAX = 0: no large tensor is returned to the system as soon as it is freed
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD = -1 (none): nor is the end of the heap
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect Ctrl-C and SIGTERM in a list, so that the batch in hand can be finished; a second one ends at once."""
+    received, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    try:
+        for number in handlers:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class TrainingRun:
     """All that a run consists of: the data, the network, its average, the optimiser, and how far it has come.
 
-    What is random in a step follows from the seed, the step and the process alone. So a run that was stopped anywhere
-    goes on as if it had not been, and there is no random state to save.
+    The random numbers of a step follow from the seed, the step and the process alone. So a run that was stopped
+    anywhere goes on as if it had not been, and no random state has to be saved.
     """
 
     def __init__(self, config):
@@ -814,27 +885,28 @@ class TrainingRun:
             keep_freed_memory()
         if self.world > 1:
             self.join_processes()
-        self.step, self.seconds, self.order, self.tensorboard = 0, 0.0, None, None
-        self.epoch_losses = []  # the mean of each finished epoch
-        self.losses = []        # of each step of this epoch
-        self.pending = []       # of the latest steps, still on the device
+        self.step, self.seconds = 0, 0.0  # steps done, and time spent on them, in earlier starts of the run too
+        self.epoch_losses = []            # the mean of each finished epoch
+        self.losses = []                  # of each step of this epoch
+        self.pending = []                 # of the latest steps, still on the device
+        self.order = self.tensorboard = None
         state = self.read_state() if self.state_path.exists() and not config.restart else None
         self.fresh = state is None
 
         if self.rank > 0:
-            torch.distributed.barrier()  # let the first process download
+            torch.distributed.barrier()  # wait until the first process has downloaded the data
         images, labels, class_names = load_images(config.data, config.image_size, config.limit)
         if self.rank == 0 and self.world > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier()  # it has
         if config.unconditional:
             labels = class_names = None
         # All of it as uint8 on the device: a batch is an index away, and no worker process is needed.
         self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
-        self.batch_size = min(config.batch_size, len(images)) // self.world * self.world
+        self.batch_size = min(config.batch_size, len(images)) // self.world * self.world  # the same for each process
         if self.batch_size == 0 or config.batch_size % self.world:
             raise ValueError(f"--batch-size {config.batch_size}: {len(images)} images cannot be shared evenly by "
                              f"{self.world} processes")
-        self.steps_per_epoch = len(images) // self.batch_size
+        self.steps_per_epoch = len(images) // self.batch_size  # images that do not fill a batch wait for another epoch
         self.total_steps = config.epochs * self.steps_per_epoch
 
         torch.manual_seed(config.seed)
@@ -843,14 +915,14 @@ class TrainingRun:
             channel_mults=config.channel_mults, num_res_blocks=config.num_res_blocks, dropout=config.dropout,
             attention_levels=config.attention_levels, num_heads=config.num_heads)
         self.model.to(self.device, memory_format=memory_format(self.device))
-        # The average over the steps, which is what is drawn from and exported.
+        # A moving average of the weights over the steps draws better pictures than they do: it is what is exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                           fused=True)
+                                           fused=True)  # all parameters in one pass
         if state is not None:
             self.restore(state)
         self.resumed_at = self.step, self.seconds
-        # Under torchrun, backward() averages the gradients over the processes.
+        # Under torchrun, backward() of the wrapped model averages the gradients over the processes.
         self.loss = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
             self.compile()
@@ -859,6 +931,7 @@ class TrainingRun:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--tensorboard needs one more package: pip install tensorboard") from None
+            # purge_step: a run that was killed may have written later steps, which now come again.
             self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
 
     def join_processes(self):
@@ -868,7 +941,7 @@ class TrainingRun:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-        if not torch.distributed.is_initialized():
+        if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
     def compile(self):
@@ -878,42 +951,41 @@ class TrainingRun:
             with autocast(self.device):
                 compiled(*self.batch(torch.arange(self.batch_size // self.world))).backward()
             self.loss = compiled
-        except Exception as error:  # no compiler, a platform it does not know, ...
+        except Exception as error:  # no C++ compiler, an unknown platform and many more
             print(f"warning: --compile does not work here, going on without: {brief(error)}", file=sys.stderr)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # that batch was no training
 
     def say(self, line):
         if self.rank == 0:
             print(line, flush=True)
 
     def batch(self, index):
-        x, y = training_batch(self.images, self.labels, index, self.model.model.num_classes)
-        return x.contiguous(memory_format=memory_format(x.device)), y
+        return training_batch(self.images, self.labels, index, self.model.model.num_classes)
 
     def train_step(self):
-        """One pass through the loop of Algorithm 1."""
+        """One pass through the loop of Algorithm 1. Its lines 3 to 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        if self.order is None or i == 0:
+        if self.order is None or i == 0:                                    # the order of this epoch's images
             generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.device)
-        # From here on, all that is random in this step follows from seed, step and process.
+        # For all random numbers from here on: a seed of its own for each step and process.
         torch.manual_seed((1_000_003 * self.config.seed + self.step) * self.world + self.rank)
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
-        x, y = self.batch(whole_batch[self.rank::self.world])
+        x, y = self.batch(whole_batch[self.rank::self.world])               # line 2: the share of this process
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.config.lr)
         with autocast(self.device):
-            loss = self.loss(x, y)
+            loss = self.loss(x, y)                                          # lines 3 to 5
         loss.backward()
-        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # a rare bad batch does little harm
+        self.optimizer.step()                                               # line 5: the gradient step
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         update_ema(self.ema, self.model, self.step)
         self.pending.append(torch.stack([loss.detach(), gradient_norm]))
 
     def fetch_losses(self):
-        """Fetch the pending losses from the device, many at once since a GPU stands still for it, and check them."""
+        """Fetch the pending losses from the device and check them: many at once, since a GPU has to wait for it."""
         pending = torch.stack(self.pending).tolist() if self.pending else []
         self.pending = []
         for step, (loss, gradient_norm) in enumerate(pending, start=self.step - len(pending) + 1):
@@ -925,7 +997,7 @@ class TrainingRun:
                 self.tensorboard.add_scalar("loss", loss, step)
 
     def save_state(self):
-        self.fetch_losses()  # which raises where something has gone wrong: then the last good state stays
+        self.fetch_losses()  # raises an error if one is not finite: then the last good state stays
         if self.tensorboard:
             self.tensorboard.flush()
         if self.rank == 0:
@@ -936,46 +1008,50 @@ class TrainingRun:
                                 config=asdict(self.config)), temporary)
 
     def read_state(self):
+        """Read the state of a stopped run, and check that its options are those of this one."""
         with reading(self.state_path):
             state = read_tensors(self.state_path)
             check_plain([*state["config"].values(), state["step"], state["images"]])
-            was = TrainConfig(**state["config"])
+            before = TrainConfig(**state["config"])
         for name, new in asdict(self.config).items():
-            old, flag = getattr(was, name), "--" + name.replace("_", "-")
+            old = getattr(before, name)
             if name not in MAY_CHANGE_ON_RESUME and old != new:
-                raise ValueError(f"the run in {self.out} was begun with {flag} {old}, not {new}: give the same, "
-                                 f"another --out, or --restart")
+                raise ValueError(f"the run in {self.out} was begun with {flag_of(name)} {old}, not {new}: give the "
+                                 f"same, another --out, or --restart")
         return state
 
     def restore(self, state):
+        """Go on from `state`, which read_state has returned; its tensors and numbers may still be anything."""
         if state["images"] != len(self.images):
             raise ValueError(f"the run in {self.out} was begun with {state['images']} images, now there are "
                              f"{len(self.images)}: give the same --data, another --out, or --restart")
         with reading(self.state_path):
             self.step, self.seconds = state["step"], state["seconds"]
             self.epoch_losses, self.losses = state["epoch_losses"], state["losses"]
-            done = (len(self.epoch_losses), len(self.losses))
-            if type(self.step) is not int or divmod(self.step, self.steps_per_epoch) != done or not (
-                    0 <= self.seconds < 1e9 and all(map(math.isfinite, self.epoch_losses + self.losses))):
+            done = (len(self.epoch_losses), len(self.losses))  # whole epochs, and steps of the current one
+            if (type(self.step) is not int or divmod(self.step, self.steps_per_epoch) != done
+                    or not 0 <= self.seconds < 1e9 or not all(map(math.isfinite, self.epoch_losses + self.losses))):
                 raise ValueError("its step, seconds and losses do not fit together")
             load_weights(self.model.model, state["model"])
             load_weights(self.ema.model, state["ema"])
-            for i, parameter in enumerate(self.model.parameters() if self.step > 0 else []):
-                moments = {name: state["optimizer"][i][name] for name in ("exp_avg", "exp_avg_sq")}
-                if any(moment.shape != parameter.shape or not moment.isfinite().all() for moment in moments.values()):
-                    raise ValueError(f"its optimiser state does not fit parameter {i}")
+            for i, parameter in enumerate(self.model.parameters() if self.step > 0 else []):  # AdamW starts without
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step), device=self.device)}
-                for name, moment in moments.items():  # in the memory layout of the weights here
+                for name in ("exp_avg", "exp_avg_sq"):
+                    moment = state["optimizer"][i][name]
+                    if moment.shape != parameter.shape or not moment.isfinite().all():
+                        raise ValueError(f"its optimiser state does not fit parameter {i}")
+                    # Copied, so that it lies in memory as the weights do: on another device that may differ.
                     self.optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(moment)
 
     def begin(self):
         """Say what is trained on what. At the very start, show what the network is fed and keep an old checkpoint."""
-        config, parameters = self.config, sum(parameter.numel() for parameter in self.model.parameters())
-        small = "" if self.batch_size == config.batch_size else f" (the data holds no {config.batch_size})"
+        config, classes, small = self.config, self.model.model.num_classes, ""
+        if self.batch_size < config.batch_size:
+            small = f" (there are fewer images than --batch-size {config.batch_size})"
         if not self.fresh:
             self.say(f"going on after step {self.step} from {self.state_path} (--restart begins again)")
         self.say(f"device    {self.device}, {'bfloat16' if has_bfloat16(self.device) else 'float32'}\n"
-                 f"network   {parameters / 1e6:.1f} M parameters, {self.model.model.num_classes or 'no'} classes\n"
+                 f"network   {count_parameters(self.model) / 1e6:.1f} M parameters, {classes or 'no'} classes\n"
                  f"data      {len(self.images):,} images of {config.data}, {config.image_size} pixels wide\n"
                  f"training  {config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}{small}\n"
                  f"files     {self.out}")
@@ -987,7 +1063,7 @@ class TrainingRun:
         x, _ = self.batch(torch.arange(min(64, len(self.images))))
         save_grid((x + 1) / 2, self.out / "samples" / "data.png", columns=8)
         plot_noising(x[0].cpu(), config, self.out / "samples" / "noising.png")
-        self.save_state()  # now, so that a full disk shows at once
+        self.save_state()  # before the first step, so that a full disk is noticed at once
 
     def end_epoch(self, bar):
         """Report; every few epochs, and after the last, draw samples and export the model."""
@@ -997,7 +1073,7 @@ class TrainingRun:
         self.losses = []
         if self.rank > 0:
             return
-        first_step, seconds_before = self.resumed_at  # how fast it was elsewhere or earlier is another matter
+        first_step, seconds_before = self.resumed_at  # an earlier start may have been on another machine
         speed = (self.step - first_step) * self.batch_size / (self.seconds - seconds_before)
         minutes_left = (self.total_steps - self.step) * self.batch_size / speed / 60
         bar.write(f"epoch {epoch:3d}/{config.epochs}  loss {self.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
@@ -1007,7 +1083,7 @@ class TrainingRun:
             classes = self.model.model.num_classes
             labels = None if classes is None else [i % classes for i in range(4)]
             self.export()
-            # Drawn from the file, so that the grid shows just what inference will make of it.
+            # Drawn from the file, so that the grid shows exactly what inference_example.py draws.
             model = SimpleDiffusion.load(self.checkpoint, self.device)
             images = model.sample(4, y=labels, seed=config.seed, progress=False)
             save_grid(images, self.out / "samples" / f"epoch_{epoch:04d}.png", columns=2)
@@ -1019,45 +1095,26 @@ class TrainingRun:
         info = dict(
             architecture=f"SimpleUNet, {config.hidden_channels} channels x {config.channel_mults}, "
                          f"{config.num_res_blocks} blocks a level, attention at levels {config.attention_levels}",
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            parameters=count_parameters(self.model),
             dataset="CIFAR-10" if is_cifar10(config.data) else config.data,
             images_seen=self.step * self.batch_size, epochs=len(self.epoch_losses), batch_size=self.batch_size,
             optimizer="AdamW, betas 0.9 0.99, weight decay 0.01, gradient norm 1, cosine decay",
-            learning_rate=config.lr,
-            prediction=config.prediction, schedule=config.schedule, n_steps=config.n_steps,
-            final_loss=round(self.epoch_losses[-1], 5), training_minutes=round(self.seconds / 60, 1),
+            learning_rate=config.lr, prediction=config.prediction, schedule=config.schedule,
+            n_steps=config.n_steps, final_loss=round(self.epoch_losses[-1], 5),
+            training_minutes=round(self.seconds / 60, 1),
             device=str(self.device), torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), license="MIT")
         self.ema.save(self.checkpoint, **info)
+        # Only model_info.json has the checksum: a file cannot hold its own.
         info["sha256"] = hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
         with replacing(self.out / "model_info.json") as temporary:
             temporary.write_text(json.dumps(info, indent=2) + "\n")
 
     def stop_after_this_step(self, received):
-        """The signal that one of the processes has received, or 0: they all have to stop after the same step."""
-        number = received[0] if received else 0
+        """The signal that any of the processes has received, or 0: they all have to stop after the same step."""
+        number = torch.tensor(received[0] if received else 0, device="cpu")
         if self.world > 1:
-            numbers = torch.tensor(number)
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-            number = numbers.item()
-        return number
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so that the batch in hand can be finished; a second one ends at once."""
-    received, handlers = [], {}
-
-    def receive(number, frame):
-        received.append(number)
-        signal.signal(number, handlers[number])
-
-    if threading.current_thread() is threading.main_thread():  # others may not handle signals
-        handlers.update({number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return number.item()
 
 
 def train(config):
@@ -1067,8 +1124,8 @@ def train(config):
     finite, and SystemExit (130 or 143) after Ctrl-C or SIGTERM, with the state saved.
     """
     from tqdm import tqdm
-    torch.set_flush_denormal(True)  # numbers too small to matter make a CPU many times slower
-    torch.backends.cudnn.benchmark = True
+    torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: a CPU is many times slower with them
+    torch.backends.cudnn.benchmark = True  # all batches have one shape: worth trying which convolution is fastest
     run = TrainingRun(config)
     if run.step >= run.total_steps:
         run.say(f"finished already, after {len(run.epoch_losses)} epochs: more --epochs go on, --restart begins again")
@@ -1084,7 +1141,7 @@ def train(config):
             run.seconds += now - last
             last = now
             bar.update(run.batch_size)
-            if now - fetched > 1:
+            if now - fetched > 1:                                           # seconds: for the bar
                 run.fetch_losses()
                 recent = run.losses[-100:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
@@ -1092,56 +1149,20 @@ def train(config):
             stop, epoch_done = run.stop_after_this_step(received), run.step % run.steps_per_epoch == 0
             if epoch_done:
                 run.end_epoch(bar)
-            if epoch_done or stop or now - saved > 300:
+            if epoch_done or stop or now - saved > 300:                     # seconds: a crash costs no more
                 run.save_state()
                 saved = now
             if stop:
                 run.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
-                sys.exit(128 + stop)
+                sys.exit(128 + stop)                                        # 130 or 143, as shells have it
     if run.world > 1:
         torch.distributed.destroy_process_group()
     run.say(f"wrote {run.checkpoint}; draw from it: python inference_example.py --checkpoint {run.checkpoint}")
     return run.ema
 
 
-def save_grid(images, path, columns, scale=None):
-    """Write images (N, C, S, S) in [0, 1] as one PNG, enlarged by a whole factor (None: to about 128 pixels each)."""
-    from PIL import Image
-    from torchvision.utils import make_grid
-    scale = max(1, 128 // images.shape[-1]) if scale is None else scale
-    pixels = to_uint8(images.cpu()).repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    with replacing(path) as temporary:
-        Image.fromarray(make_grid(pixels, nrow=columns).permute(1, 2, 0).numpy()).save(temporary, format="PNG")
-
-
-def plot_losses(losses, path):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    figure.add_subplot(xlabel="epoch", ylabel="training loss").plot(range(1, len(losses) + 1), losses, marker=".")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def plot_noising(image, config, path):
-    """One image (C, S, S) in [-1, 1] at five timesteps, and how much the two schedules leave of an image."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    process = DiffusionModel(None, config.n_steps, schedule=config.schedule)
-    for column, share in enumerate((0, 0.1, 0.3, 0.5, 1), start=1):
-        t = min(round(share * config.n_steps), config.n_steps - 1)
-        axes = figure.add_subplot(2, 5, column, title=f"t = {t}")
-        axes.imshow(to_uint8((process.q_sample(image[None], torch.tensor([t]))[0] + 1) / 2).permute(1, 2, 0).numpy())
-        axes.axis("off")
-    axes = figure.add_subplot(2, 1, 2, xlabel="t", ylabel="alphas_cumprod")
-    for schedule in ("linear", "cosine"):
-        axes.plot(DiffusionModel(None, config.n_steps, schedule=schedule).alphas_cumprod.numpy(), label=schedule)
-    axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message):  # where argparse would print all flags and exit
         raise ValueError(message)
 
 
@@ -1150,16 +1171,15 @@ def ends_in_one_line():
     """Let what a user can cause end in one line that begins with error: and in exit code 2."""
     try:
         yield
-    except KeyboardInterrupt:  # before or after the training, which stops by itself
+        return
+    except KeyboardInterrupt:  # before or after the training loop, which handles it by itself
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         message = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # the word of CPU, CUDA and MPS alike
-            raise
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # no lack of memory, which CPU, CUDA and MPS all report with this word, but a bug: show where
         message = f"out of memory: lower --batch-size, --hidden-channels or --image-size, or -n ({brief(error)})"
-    else:
-        return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -1168,14 +1188,15 @@ def ends_in_one_line():
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for entry in fields(TrainConfig):
-        flag, default, rules = "--" + entry.name.replace("_", "-"), entry.default, entry.metadata
+        flag, default, meaning = flag_of(entry.name), entry.default, entry.metadata["meaning"]
         if default is False:
-            parser.add_argument(flag, action="store_true", help=rules["meaning"])
-        else:
-            several = isinstance(default, tuple)
-            parser.add_argument(flag, type=int if several else rules.get("type", type(default)), default=default,
-                                nargs="*" if several else None, metavar="",
-                                help=rules["meaning"] + f" ({default})" * (default is not None))
+            parser.add_argument(flag, action="store_true", help=meaning)
+            continue
+        if default is not None:
+            meaning += f" ({default})"
+        several = isinstance(default, tuple)
+        kind = int if several else entry.metadata.get("type", type(default))
+        parser.add_argument(flag, type=kind, default=default, nargs="*" if several else None, metavar="", help=meaning)
     train(TrainConfig(**vars(parser.parse_args(argv))))
 
 

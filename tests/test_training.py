@@ -321,7 +321,7 @@ def test_an_epoch_is_one_shuffled_pass(here, monkeypatch, capsys):
     capsys.readouterr()
     assert train("--limit", 5, "--out", "few") == 0 and state("few")["step"] == 2
     line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
-    assert "batch 5 " in line and "no 32" in line
+    assert "batch 5 " in line and "--batch-size 32" in line
 
 
 WRONG = """--epochs 0|--epochs 1.5|--epochs many|--epochs|--batch-size -1|--lr nan|--lr 0|--lr -1|--lr inf
