@@ -1,17 +1,18 @@
 """Train a diffusion model on CIFAR-10 and draw pictures with it, in one file.
 
-    python diffusion_model.py        trains: downloads CIFAR-10, shows samples/ on the way, writes diffusion_model.pth
+    python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, and pictures into samples/
     python inference_example.py      draws pictures from diffusion_model.pth
 
-    python diffusion_model.py --data shapes --image-size 16 --hidden-channels 16 --epochs 20      minutes, no download
-    python diffusion_model.py --data FOLDER                                                       your own images
+    python diffusion_model.py --data shapes --image-size 16 --hidden-channels 16 --out shapes      no download
+    python diffusion_model.py --data FOLDER --out my_run                                           your own images
 
 A run that was stopped goes on when the same command is given again. All flags: --help. From Python:
 
-    model = SimpleDiffusion.load("diffusion_model.pth")
-    images = model.sample(16, y=torch.arange(16) % 10, guidance=1.5, seed=0)     # (16, 3, 32, 32) in [0, 1]
+    from diffusion_model import SimpleDiffusion
+    images = SimpleDiffusion.load().sample(10, y=range(10), guidance=1.5, seed=0)    # (10, 3, 32, 32) in [0, 1]
 
-The classes need torch alone: acts 1 to 3 can be copied into a project of your own. Images are [-1, 1] inside.
+The classes need torch alone: acts 1 to 3 and the imports can be copied into a project of your own. Images are [-1, 1]
+inside.
 
 Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
 (arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
@@ -57,7 +58,7 @@ def largest_divisor(n, limit):
 
 
 def group_norm(channels):
-    # At least 16 channels a group: with fewer, PyTorch's channels_last kernel on the CPU is ten times slower.
+    # At least 16 channels a group: with fewer, its backward in bfloat16 on the CPU is up to ten times slower.
     return nn.GroupNorm(largest_divisor(channels, min(32, max(1, channels // 16))), channels)
 
 
@@ -83,7 +84,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
         # Each of the three is (B, heads, HW, C / heads).
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: the CPU's fused backward is very slow
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: on the CPU fused backward is slower
             h = ((q.shape[-1] ** -0.5 * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)
@@ -221,9 +222,9 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is noise for every n_steps
         betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
-        s = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")
-        alphas_cumprod = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
+        u = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")  # t / T; the paper's s is 0.008
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2               # alphas_cumprod is f / f[0]
+        betas = 1 - f[1:] / f[:-1]
     else:
         raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
     return betas.clamp(max=0.999)  # a beta of 1 would leave nothing of the image
@@ -281,6 +282,8 @@ class DiffusionModel(nn.Module):
     model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
     third argument, where they are given. For guidance, its attribute num_classes is the null label.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
+    Factors are named as by Salimans and Ho, not as by Ho et al.: alpha^2 = alphas_cumprod, sigma^2 = 1 - alpha^2.
+    Timestep t is the papers' t + 1: at t = 0 an image has the noise of one step already; x_0 is the clean image.
     """
 
     def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise"):
@@ -323,7 +326,10 @@ class DiffusionModel(nn.Module):
         return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
 
     def forward(self, x_start, y=None, t=None, noise=None):
-        """The training loss (eq. 14, Algorithm 1): x_start (B, C, H, W) in [-1, 1], y (B,) int64 or None -> scalar."""
+        """The training loss (Algorithm 1; eq. 14, or its like for v): x_start (B, C, H, W) in [-1, 1] -> scalar.
+
+        y: labels (B,) or None. t (B,) and noise, like x_start: drawn at random where None.
+        """
         if t is None:
             t = torch.randint(0, self.n_steps, x_start.shape[:1], device=x_start.device)  # Algorithm 1, line 3
         if noise is None:
@@ -354,7 +360,7 @@ class DiffusionModel(nn.Module):
         x_0 = self.predict_x_start(x_t, t, y)
         alpha, sigma = self.alpha_sigma(t)
         beta, variance = extract(self.betas, t), extract(self.posterior_variance, t)
-        # Eq. 7, in which sqrt(alphas_cumprod_{t-1}) is alpha / sqrt(1 - beta). At t = 0 the mean is x_0, the variance 0.
+        # Eq. 7: sqrt(alphas_cumprod_{t-1}) is alpha / sqrt(1 - beta). At t = 0 the mean is x_0, the variance 0.
         mean = alpha * beta / ((1 - beta).sqrt() * sigma**2) * x_0 + (1 - beta).sqrt() * variance / beta * x_t
         return mean + variance.sqrt() * torch.randn_like(x_t)
 
@@ -368,16 +374,13 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"steps must be in 1..{self.n_steps}, the n_steps of this model, got {steps}")
         if sampler != "dpm++":
             return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
-        # Evenly spaced in lambda = log(alpha / sigma), which is best for small images (Lu et al. 2022).
-        alphas, sigmas = self.sqrt_alphas_cumprod.cpu().double(), self.sqrt_one_minus_alphas_cumprod.cpu().double()
-        lambdas = (alphas / sigmas).log()                                   # decreases with t
-        # The last steps of the cosine schedule hold nothing but noise: start no lower than -5.1 there.
+        # Evenly spaced in lambda = log(alpha / sigma): best for small images, says the README of Lu et al.'s code.
+        lambdas = (self.sqrt_alphas_cumprod / self.sqrt_one_minus_alphas_cumprod).cpu().double().log()  # falls with t
+        # The last timesteps of cosine hold nothing but noise: start no lower than -5.1 there, as that code does.
         start = lambdas[lambdas >= -5.1].min() if self.schedule == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, dtype=torch.float64, device="cpu")
-        # The timestep nearest to each is the number of midpoints above it; searchsorted needs them in rising order.
-        midpoints = (lambdas[1:] + lambdas[:-1]) / 2
-        nearest = torch.searchsorted(-midpoints, -wanted)                   # (steps,) in 0..n_steps-1
-        return sorted(set(nearest.tolist()), reverse=True)                  # two may have the same nearest one
+        nearest = {(lambdas - value).abs().argmin().item() for value in wanted}  # two may have the same nearest one
+        return sorted(nearest, reverse=True)
 
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
                strength=1.0, mask=None, progress=True, callback=None, x_T=None):
@@ -393,7 +396,7 @@ class DiffusionModel(nn.Module):
         x_T (N, C, H, W): the starting noise, in place of the seed's.
         """
         device, layout = self.betas.device, memory_format(self.betas.device)
-        y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
+        y, init_image, mask, x_T = self._prepare_options(shape, y, guidance, init_image, strength, mask, x_T)
         timesteps = self.timesteps(sampler, steps)
         if init_image is not None:
             if strength == 0:
@@ -402,7 +405,7 @@ class DiffusionModel(nn.Module):
             timesteps = [t for t in timesteps if t <= highest]
             if not timesteps:
                 raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
-        # A generator for each image, on the CPU: a picture depends on its seed alone, not on batch or device.
+        # A generator for each image, on the CPU: its noise depends on its seed alone, not on batch or device.
         seed = torch.Generator().seed() % 2**31 if seed is None else seed   # seed() draws one from the system
         generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
 
@@ -410,13 +413,12 @@ class DiffusionModel(nn.Module):
             noises = [torch.randn(shape[1:], generator=generator, device="cpu") for generator in generators]
             return torch.stack(noises).to(device)
 
-        alphas = self.sqrt_alphas_cumprod.tolist() + [1.0]                  # the added last entry is the clean image
+        alphas = self.sqrt_alphas_cumprod.tolist() + [1.0]                  # at -1, after timestep 0, the clean image
         sigmas = self.sqrt_one_minus_alphas_cumprod.tolist() + [0.0]
-        clean = self.n_steps
         x_t = draw_noise() if x_T is None else x_T                          # Algorithm 2, line 1
         if init_image is not None:                                          # eq. 4
             x_t = alphas[timesteps[0]] * init_image + sigmas[timesteps[0]] * x_t
-        pairs, x_0, h = list(zip(timesteps, timesteps[1:] + [clean])), None, None
+        pairs, x_0, h = list(zip(timesteps, timesteps[1:] + [-1])), None, None
         with torch.inference_mode(), eval_mode(self.model), autocast(device):
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; from timestep t to the next, s
                 # Lines 3 and 4, for any sampler: estimate x_0 from x_t, then go to x_s.
@@ -426,12 +428,12 @@ class DiffusionModel(nn.Module):
                     callback(i, t, x_t, x_0)
                 alpha_t, sigma_t, alpha_s, sigma_s = alphas[t], sigmas[t], alphas[s], sigmas[s]
                 D, spread = x_0, 0.0                                        # the image to aim at; the noise to add
-                if sampler == "dpm++" and s != clean:                       # Lu et al. 2022, Algorithm 2
+                if sampler == "dpm++" and s >= 0:                           # Lu et al. 2022, Algorithm 2
                     h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
                     if i > 0:
                         D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # as if x_0 went on changing so
                 if sampler == "ddpm":                                       # eq. 7, also where timesteps are skipped
-                    spread = sigma_s / sigma_t * math.sqrt(max(0.0, 1 - (alpha_t / alpha_s) ** 2))
+                    spread = sigma_s / sigma_t * math.sqrt(1 - (alpha_t / alpha_s) ** 2)
                 noise = (x_t - alpha_t * D) / sigma_t                       # eq. 4, solved for the noise
                 x_t = alpha_s * D + math.sqrt(max(0.0, sigma_s**2 - spread**2)) * noise  # Song et al. 2021, eq. 12
                 if spread > 0:
@@ -440,7 +442,7 @@ class DiffusionModel(nn.Module):
                     x_t = mask * x_t + (1 - mask) * (alpha_s * init_image + sigma_s * draw_noise())
         return x_t.clone()  # outside of inference mode, so that it can be used in training too
 
-    def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
+    def _prepare_options(self, shape, y, guidance, init_image, strength, mask, x_T):
         """Check what `sample` is asked for (else ValueError), and bring it to the device."""
         def tensor(value, dtype=torch.float32):
             return None if value is None else torch.as_tensor(value, dtype=dtype, device=self.betas.device)
@@ -486,23 +488,25 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
         raise OSError(f"{path} could not be written, what was there is unchanged: {brief(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing to remove where the folder could not be made
+            temporary.unlink()
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path, remedy="give another file"):
     """Turn whatever goes wrong in the block, where `path` is read, into a ValueError that names it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         yield
     except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
-        raise ValueError(f"{path} is damaged, or was not written by this project: {brief(error)}") from None
+        reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
+        raise ValueError(f"{path} is damaged, or no file of this kind ({reason}): {remedy}") from None
 
 
 def read_tensors(path):
     """What torch.save wrote to `path`. weights_only: code that the file may hold is not run."""
-    # torch itself ignores the checksums, and would unpack a small file that grows to terabytes. Ours are not packed.
+    # torch.load checks no checksums and would unpack a compressed file to any size. Ours are not compressed.
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
             raise ValueError("its checksums or sizes are wrong")
@@ -510,7 +514,7 @@ def read_tensors(path):
 
 
 def check_plain(values):
-    """Let only numbers, strings and flat lists of them pass: nested lists of a few bytes can print as terabytes."""
+    """Let only numbers, strings and flat lists pass: a short pickle can nest lists that take terabytes to print."""
     for value in values:
         for entry in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(entry, (int, float, str, type(None))):
@@ -538,7 +542,8 @@ def pick_device(name=None):
             torch.zeros(1, device=name).tolist()  # really use it: that a name is known says nothing
             return torch.device(name)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} is not available here: {brief(error)}") from None
+            raise ValueError(f"device {name} is not available here ({brief(error)}): leave --device out to use "
+                             f"the best there is") from None
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -547,7 +552,8 @@ def pick_device(name=None):
 class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
 
-    With class_names (or num_classes) it learns classes. unet_options: the other options of SimpleUNet.
+    With class_names (or num_classes) it learns classes. unet_options: the other options of SimpleUNet. Other than
+    DiffusionModel, it predicts v unless told otherwise: from short training, v draws far better pictures.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
@@ -559,7 +565,7 @@ class SimpleDiffusion(nn.Module):
                 raise ValueError(f"{len(class_names)} class names for {unet_options['num_classes']} classes")
         self.image_size, self.class_names = image_size, class_names
         unet_options["hidden_channels"] = hidden_channels
-        with torch.device("meta"):  # where tensors have a shape but no memory
+        with torch.device("meta"):  # tensors without memory: count before anything is allocated
             size = count_parameters(SimpleUNet(**unet_options))
         if size > 10**9:
             raise ValueError(f"a network of {size / 1e9:,.0f} billion parameters is too large: lower hidden_channels")
@@ -577,7 +583,10 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y)
 
     def sample(self, batch_size=4, **options):
-        """Draw images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample, in its ranges."""
+        """Draw images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample.
+
+        As there, init_image goes in, and the images of the callback come out, in [-1, 1].
+        """
         shape = (batch_size, self.model.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
@@ -621,7 +630,7 @@ def from_uint8(pixels):
 
 
 def to_uint8(images):
-    """Images in [0, 1] -> pixels 0..255, rounded."""
+    """Images in [0, 1], as SimpleDiffusion.sample gives them -> pixels 0..255, rounded."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -643,12 +652,13 @@ def draw_shapes(image_size, count, seed=0):
     """Coloured shapes, the same ones for a seed: -> uint8 (count, 3, S, S), labels (count,), the ten class names."""
     numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed), device="cpu")
     labels = (numbers[:, 0] * len(SHAPES)).long()
-    places, colours = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre, radius; shape, background
+    places, colours = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre, size; shape, background
     colours[torch.arange(count), (2 * numbers[:, 10]).long()] += 150        # one of the two is bright
     axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points in each pixel
     images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
-    for i, (centre_x, centre_y, radius) in enumerate(places.tolist()):
-        x, y = ((axis - (centre - 0.5) / 4) / (0.55 + 0.3 * radius) for centre in (centre_x, centre_y))
+    for i, (centre_x, centre_y, size) in enumerate(places.tolist()):
+        size = 0.55 + 0.3 * size
+        x, y = ((axis - (centre - 0.5) / 4) / size for centre in (centre_x, centre_y))
         x, y = torch.meshgrid(x, y, indexing="xy")                          # (4 S, 4 S) each
         inside = list(SHAPES.values())[labels[i]](x, y, x.abs(), y.abs())
         cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): how much of each pixel
@@ -710,16 +720,14 @@ def load_images(data, image_size=32, limit=None):
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data)
     try:
-        cifar = CIFAR10(root, train=True, download=data == "cifar10")       # checks the checksums of what is there
+        cifar = CIFAR10(root, train=True, download=(data == "cifar10"))       # checks the checksums of what is there
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): put cifar-10-python.tar.gz of "
-                         f"https://www.cs.toronto.edu/~kriz/cifar.html into {root.resolve()} and use --data cifar10, "
-                         f"or train without a download: --data shapes, or --data FOLDER of your images") from None
+        raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): unpack cifar-10-python.tar.gz of "
+                         f"https://www.cs.toronto.edu/~kriz/cifar.html in {root.resolve()}, or train without a "
+                         f"download: --data shapes, or --data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
     if image_size != 32:
-        size = (image_size, image_size)
-        images = torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
-                            for part in images.split(1000)])  # in parts, for as floats they take four times the memory
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     return images, labels, cifar.classes
 
 
@@ -764,7 +772,7 @@ def flag_of(name):
 
 
 def option(default, meaning, **rules):
-    """A field of TrainConfig. rules: low <= value < below, choices; and the type where the default is None."""
+    """A field of TrainConfig. rules: low <= value < below, or choices."""
     return field(default=default, metadata=dict(meaning=meaning, **rules))
 
 
@@ -775,7 +783,7 @@ class TrainConfig:
     data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
     out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
     image_size: int = option(32, "height and width; images are resized and cropped to the centre", low=1, below=1025)
-    limit: int = option(None, "use the first LIMIT images only", low=1, type=int)
+    limit: int = option(None, "use the first LIMIT images only", low=1)
     epochs: int = option(100, "passes over the data", low=1)
     batch_size: int = option(128, "images a step, over all processes", low=1)
     lr: float = option(4e-4, "peak learning rate, after the warm-up and before the decay to 0", low=1e-12)
@@ -786,12 +794,12 @@ class TrainConfig:
     num_heads: int = option(4, "heads of the attention", low=1)
     dropout: float = option(0.0, "share of the residual blocks' values dropped in training", low=0.0, below=1.0)
     n_steps: int = option(1000, "timesteps of the diffusion process", low=1)
-    schedule: str = option("linear", "noise schedule", choices=("linear", "cosine"))
-    prediction: str = option("v", "what the network predicts", choices=("v", "noise"))
+    schedule: str = option("linear", "noise schedule: linear or cosine", choices=("linear", "cosine"))
+    prediction: str = option("v", "what the network predicts: v or noise", choices=("v", "noise"))
     unconditional: bool = option(False, "ignore the classes of the data")
     sample_every: int = option(5, "epochs from one grid of samples and export to the next", low=1)
     seed: int = option(0, "of the weights, the order of the data and all noise", low=0, below=2**31)
-    device: str = option(None, "mps, cuda or cpu; by default the first of them that is there", type=str)
+    device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
     compile: bool = option(False, "compile the network with torch.compile")
     tensorboard: bool = option(False, "write loss curves to OUT/tensorboard")
     restart: bool = option(False, "begin again, even where a stopped run could go on")
@@ -802,8 +810,8 @@ class TrainConfig:
             several = isinstance(entry.default, tuple)
             if several:
                 setattr(self, entry.name, tuple(value))  # the command line gives a list
-            for number in (value if several else [value]) if "low" in rules else []:
-                if number is not None and not rules["low"] <= number < rules.get("below", math.inf):
+            for number in value if several else [value]:
+                if "low" in rules and number is not None and not rules["low"] <= number < rules.get("below", math.inf):
                     below = f" and below {rules['below']}" if "below" in rules else ""
                     raise ValueError(f"{flag} must be at least {rules['low']}{below}, got {number}")
             if "choices" in rules and value not in rules["choices"]:
@@ -815,17 +823,15 @@ MAY_CHANGE_ON_RESUME = ("out", "epochs", "sample_every", "device", "compile", "t
 
 
 def learning_rate(step, total_steps, peak):
-    """Warm-up over 500 steps (5 % of a short run), times a cosine decay to zero. step: 0..total_steps-1."""
+    """Warm-up over 500 steps (5 % of a short run) from above 0, times a cosine to 0. step: 0..total_steps-1."""
     warmup = min(500, max(1, total_steps // 20))
-    # step + 1: with step the first rate would be 0.
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the average towards the weights after `step` steps, with a half-life of 3 % of those steps."""
-    # decay ** half_life = 1/2. A half-life that grows with the run suits runs of any length.
-    decay = 0.5 ** (1 / (0.03 * step))
+    """Move the average towards the weights after `step` steps: half of it is made of the last 3 % of them."""
+    decay = 0.5 ** (1 / (0.03 * step))                                      # decay ** (0.03 * step) is 1/2
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -836,7 +842,7 @@ def training_batch(images, labels, index, num_classes):
     x = torch.where(flipped[:, None, None, None], x.flip(3), x).contiguous(memory_format=memory_format(x.device))
     if labels is None:
         return x, None
-    # Guidance also asks the network without a class, so it has to learn that too (Ho and Salimans 2022, Algorithm 1).
+    # One label in ten becomes the null label: guidance needs a network that knows it (Ho and Salimans, Algorithm 1).
     dropped = torch.rand(len(index), device=x.device) < 0.1
     return x, labels[index].masked_fill(dropped, num_classes)
 
@@ -902,7 +908,7 @@ class TrainingRun:
             labels = class_names = None
         # All of it as uint8 on the device: a batch is an index away, and no worker process is needed.
         self.images, self.labels = images.to(self.device), None if labels is None else labels.to(self.device)
-        self.batch_size = min(config.batch_size, len(images)) // self.world * self.world  # the same for each process
+        self.batch_size = min(config.batch_size, len(images)) // self.world * self.world  # of all processes together
         if self.batch_size == 0 or config.batch_size % self.world:
             raise ValueError(f"--batch-size {config.batch_size}: {len(images)} images cannot be shared evenly by "
                              f"{self.world} processes")
@@ -968,7 +974,7 @@ class TrainingRun:
         if self.order is None or i == 0:                                    # the order of this epoch's images
             generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.device)
-        # For all random numbers from here on: a seed of its own for each step and process.
+        # For all random numbers from here on: a seed of its own for each step and process (the factor is a prime).
         torch.manual_seed((1_000_003 * self.config.seed + self.step) * self.world + self.rank)
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.rank::self.world])               # line 2: the share of this process
@@ -1009,7 +1015,7 @@ class TrainingRun:
 
     def read_state(self):
         """Read the state of a stopped run, and check that its options are those of this one."""
-        with reading(self.state_path):
+        with reading(self.state_path, "--restart begins again"):
             state = read_tensors(self.state_path)
             check_plain([*state["config"].values(), state["step"], state["images"]])
             before = TrainConfig(**state["config"])
@@ -1025,7 +1031,7 @@ class TrainingRun:
         if state["images"] != len(self.images):
             raise ValueError(f"the run in {self.out} was begun with {state['images']} images, now there are "
                              f"{len(self.images)}: give the same --data, another --out, or --restart")
-        with reading(self.state_path):
+        with reading(self.state_path, "--restart begins again"):
             self.step, self.seconds = state["step"], state["seconds"]
             self.epoch_losses, self.losses = state["epoch_losses"], state["losses"]
             done = (len(self.epoch_losses), len(self.losses))  # whole epochs, and steps of the current one
@@ -1034,7 +1040,7 @@ class TrainingRun:
                 raise ValueError("its step, seconds and losses do not fit together")
             load_weights(self.model.model, state["model"])
             load_weights(self.ema.model, state["ema"])
-            for i, parameter in enumerate(self.model.parameters() if self.step > 0 else []):  # AdamW starts without
+            for i, parameter in enumerate(self.model.parameters() if self.step > 0 else []):  # none before step 1
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step), device=self.device)}
                 for name in ("exp_avg", "exp_avg_sq"):
                     moment = state["optimizer"][i][name]
@@ -1109,7 +1115,7 @@ class TrainingRun:
         with replacing(self.out / "model_info.json") as temporary:
             temporary.write_text(json.dumps(info, indent=2) + "\n")
 
-    def stop_after_this_step(self, received):
+    def signal_of_any_process(self, received):
         """The signal that any of the processes has received, or 0: they all have to stop after the same step."""
         number = torch.tensor(received[0] if received else 0, device="cpu")
         if self.world > 1:
@@ -1141,15 +1147,15 @@ def train(config):
             run.seconds += now - last
             last = now
             bar.update(run.batch_size)
-            if now - fetched > 1:                                           # seconds: for the bar
+            if now - fetched > 1:                                           # once a second, for the bar
                 run.fetch_losses()
                 recent = run.losses[-100:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
                 fetched = now
-            stop, epoch_done = run.stop_after_this_step(received), run.step % run.steps_per_epoch == 0
+            stop, epoch_done = run.signal_of_any_process(received), run.step % run.steps_per_epoch == 0
             if epoch_done:
                 run.end_epoch(bar)
-            if epoch_done or stop or now - saved > 300:                     # seconds: a crash costs no more
+            if epoch_done or stop or now - saved > 300:                     # a crash costs five minutes at most
                 run.save_state()
                 saved = now
             if stop:
@@ -1163,12 +1169,12 @@ def train(config):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # where argparse would print all flags and exit
-        raise ValueError(message)
+        raise ValueError(f"{message} (all flags: --help)")
 
 
 @contextlib.contextmanager
 def ends_in_one_line():
-    """Let what a user can cause end in one line that begins with error: and in exit code 2."""
+    """Let what a user can cause end in exit code 2 and one line that begins with "error:"."""
     try:
         yield
         return
@@ -1179,7 +1185,7 @@ def ends_in_one_line():
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # no lack of memory, which CPU, CUDA and MPS all report with this word, but a bug: show where
-        message = f"out of memory: lower --batch-size, --hidden-channels or --image-size, or -n ({brief(error)})"
+        message = f"out of memory: lower --batch-size, --hidden-channels or --image-size; to draw, -n ({brief(error)})"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -1192,11 +1198,11 @@ def main(argv=None):
         if default is False:
             parser.add_argument(flag, action="store_true", help=meaning)
             continue
-        if default is not None:
-            meaning += f" ({default})"
         several = isinstance(default, tuple)
-        kind = int if several else entry.metadata.get("type", type(default))
-        parser.add_argument(flag, type=kind, default=default, nargs="*" if several else None, metavar="", help=meaning)
+        if default is not None:
+            meaning += f" ({' '.join(map(str, default)) if several else default})"
+        parser.add_argument(flag, help=meaning, default=default, metavar="", type=int if several else entry.type,
+                            nargs="*" if several else None)
     train(TrainConfig(**vars(parser.parse_args(argv))))
 
 

@@ -1,6 +1,9 @@
 """The commands and snippets of the README themselves, with numbers small enough for a test."""
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,14 +22,16 @@ SMALL_RUN = "--image-size 16 --limit 24 --epochs 1 --batch-size 8 --hidden-chann
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with a tiny checkpoint of CIFAR-10's classes and a picture called FILE, as the README assumes them."""
+    """A folder with a tiny checkpoint of CIFAR-10's classes, the pictures that commands start from, and a FOLDER."""
     monkeypatch.chdir(tmp_path)
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     perturb(diffusion_model.SimpleDiffusion(16, class_names=names, **TINY)).save()
     for name in ("a", "b"):
         (tmp_path / "FOLDER" / name).mkdir(parents=True)
         Image.new("RGB", (20, 30), "red").save(tmp_path / "FOLDER" / name / "1.png")
-    Image.new("RGB", (40, 30), "blue").save(tmp_path / "FILE", format="PNG")
+    (tmp_path / "samples").mkdir()
+    for name in ("drawing", "car", "mask"):
+        shutil.copy(ROOT / "samples" / f"{name}.png", tmp_path / "samples")
     return tmp_path
 
 
@@ -64,3 +69,29 @@ def test_snippets(workplace, monkeypatch, number):
     shared = dict(torch=torch, DiffusionModel=diffusion_model.DiffusionModel,
                   MyNetwork=lambda: diffusion_model.SimpleUNet(**TINY), batches=[torch.zeros(2, 3, 8, 8)])
     exec(SNIPPETS[number], shared)
+
+
+OF_ONES_OWN = """
+import sys
+for name in ("torchvision", "numpy", "matplotlib", "tqdm", "PIL"):
+    sys.modules[name] = None                                 # as if it were not installed
+import torch
+from mine import DiffusionModel, SimpleDiffusion, SimpleUNet
+
+process = DiffusionModel(SimpleUNet(hidden_channels=8, num_classes=2), n_steps=50)
+process(torch.zeros(2, 3, 8, 8), y=torch.tensor([0, 1])).backward()
+model = SimpleDiffusion(8, hidden_channels=8, class_names=["cat", "ship"])
+model.save("mine.pth")
+images = SimpleDiffusion.load("mine.pth").sample(2, y=[0, 1], guidance=2.0, steps=3, seed=0)
+assert images.shape == (2, 3, 8, 8) and 0 <= images.min() <= images.max() <= 1
+print("drawn")
+"""
+
+
+def test_acts_1_to_3_in_a_project_of_ones_own(tmp_path):
+    """Copied out of the file into an empty folder, they train, save, load and draw with torch alone."""
+    acts = (ROOT / "diffusion_model.py").read_text().split("\n# 4. ")[0]
+    (tmp_path / "mine.py").write_text(acts)
+    (tmp_path / "use.py").write_text(OF_ONES_OWN)
+    used = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert used.stdout == "drawn\n", used.stderr
