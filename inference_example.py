@@ -10,9 +10,9 @@
     python inference_example.py --class horse --interpolate 3 8    from the picture of seed 3 to that of seed 8
     python inference_example.py --denoising                        from noise to picture, a strip and a GIF: x_t above,
                                                                    below x_0, what the network takes it for
-Picture i is drawn with seed + i, whatever else is drawn. All flags: --help. From Python:
+The noise of picture i comes from seed + i, however many are drawn. All flags: --help. From Python:
 
-    images = generate_images(SimpleDiffusion.load(), 8, labels=[3] * 8, guidance=1.5)      # (8, 3, 32, 32) in [0, 1]
+    images = generate_images(SimpleDiffusion.load(), 8, labels=[3] * 8, guidance=2)        # (8, 3, 32, 32) in [0, 1]
 """
 import argparse
 import math
@@ -26,7 +26,7 @@ import torch
 from diffusion_model import (Parser, SimpleDiffusion, ends_in_one_line, from_uint8, keep_freed_memory, read_picture,
                              replacing, save_grid, to_uint8)
 
-GUIDANCE = 1.5   # above 1: more typical of the class, less varied
+GUIDANCE = 2.0   # above 1: more typical of the class, less varied
 BATCH = 64       # pictures at a time: any number of them fits in memory
 
 
@@ -89,20 +89,24 @@ def save_denoising(moments, path):
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("-n", type=int, help="how many pictures; with --class of each, with --interpolate in a row")
-    parser.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="a row for each of them, or all")
+    parser.add_argument("-n", type=int, help="how many pictures (default: 8 of each class); with --class of each, "
+                                             "with --interpolate in a row")
+    parser.add_argument("--class", dest="classes", nargs="+", metavar="NAME", help="classes, a row each, or all")
     parser.add_argument("--guidance", type=float, help=f"weight of the class (default {GUIDANCE}; 1: as trained)")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), default="dpm++")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm++"), default="dpm++", help="(default dpm++)")
     parser.add_argument("--steps", type=int, help="network calls a picture (default: dpm++ 20, ddim 50, ddpm all)")
     parser.add_argument("--seed", type=int, help="of the first picture (default 0)")
-    parser.add_argument("--checkpoint", type=Path, default=Path("diffusion_model.pth"), metavar="FILE")
-    parser.add_argument("--out", type=Path, default=Path("samples/generated.png"), metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, default=Path("diffusion_model.pth"), metavar="FILE",
+                        help="the weights to draw from (default diffusion_model.pth)")
+    parser.add_argument("--out", type=Path, default=Path("samples/generated.png"), metavar="FILE",
+                        help="the PNG to write (default samples/generated.png)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the best there is)")
     parser.add_argument("--save-each", type=Path, metavar="FOLDER", help="each picture in a file of its own as well")
     parser.add_argument("--init-image", type=Path, metavar="FILE", help="start from this picture instead of noise")
     parser.add_argument("--strength", type=float, help="0..1: how much of it is redrawn (default 0.6; with --mask 1)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="repaint where it is white, keep where it is black")
-    parser.add_argument("--interpolate", type=int, nargs=2, metavar="SEED", help="the way between two pictures")
+    parser.add_argument("--interpolate", type=int, nargs=2, metavar="SEED",
+                        help="the way from the picture of one seed to that of the other")
     parser.add_argument("--denoising", action="store_true", help="the way from noise to picture, a strip and a GIF")
     return parser.parse_args(argv)
 

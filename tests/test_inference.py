@@ -106,7 +106,7 @@ def test_class_rows(here):
     """Rows in the order of the names; `all` stands for all."""
     found = tiles(draw("--class", "c", "a", "-n", 2), 2)
     model = diffusion_model.SimpleDiffusion.load(device="cpu")
-    wanted = generate_images(model, 4, [2, 2, 0, 0], seed=0, steps=2, guidance=1.5, progress=False)
+    wanted = generate_images(model, 4, [2, 2, 0, 0], seed=0, steps=2, guidance=2.0, progress=False)
     wanted = diffusion_model.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
     assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
     assert np.array_equal(draw("--class", "all", "-n", 2), draw("--class", "a", "b", "c", "-n", 2))

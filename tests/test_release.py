@@ -1,0 +1,46 @@
+"""The released weights are what model_info.json and the README say, and draw without a flag."""
+import hashlib
+import json
+
+import pytest
+import torch
+
+from conftest import ROOT
+import inference_example
+from diffusion_model import SimpleDiffusion
+
+WEIGHTS = ROOT / "diffusion_model.pth"
+INFO = json.loads((ROOT / "model_info.json").read_text())
+pytestmark = pytest.mark.skipif("evaluation" not in INFO, reason="these weights are those of a run of your own")
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def test_model_info_is_about_these_weights():
+    assert hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == INFO["sha256"]
+    assert WEIGHTS.stat().st_size < 40e6
+    saved = torch.load(WEIGHTS, weights_only=True)
+    assert {tensor.dtype for tensor in saved["model_state_dict"].values()} == {torch.float16}
+    assert sum(tensor.numel() for tensor in saved["model_state_dict"].values()) == INFO["parameters"]
+    assert saved["class_names"] == CIFAR10 and saved["image_size"] == 32
+    for name, value in saved["info"].items():
+        assert INFO[name] == value, name
+
+
+def test_the_readme_quotes_model_info():
+    readme = (ROOT / "README.md").read_text()
+    quality = INFO["evaluation"]
+    assert f"{INFO['epochs']} epochs" in readme
+    assert f"{INFO['final_loss']:.3f}" in readme and f"{INFO['parameters'] / 1e6:.1f} M" in readme
+    for ending in ("", "_at_default_guidance"):
+        assert f"| 5,000 | {quality['fd' + ending]} | {quality['coverage' + ending]} | " in readme
+        assert f"| {quality['accuracy' + ending]:.2f} |" in readme
+    assert quality["default_guidance"] == inference_example.GUIDANCE
+
+
+def test_a_picture_of_each_class():
+    """They differ between classes and fill the range: what a network without training draws is grey."""
+    model = SimpleDiffusion.load(WEIGHTS, "cpu")
+    images = inference_example.generate_images(model, 10, list(range(10)), steps=8, seed=0, progress=False)
+    contrast = images.flatten(1).std(dim=1)
+    assert images.shape == (10, 3, 32, 32) and contrast.min() > 0.05
+    assert torch.pdist(images.flatten(1)).min() > 1
