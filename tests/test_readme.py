@@ -39,6 +39,11 @@ def test_the_readme_has_commands():
     assert len(COMMANDS) > 10 and len(SNIPPETS) >= 3
 
 
+def test_it_counts_its_lines():
+    lines = (ROOT / "diffusion_model.py").read_text().count("\n")
+    assert f"`diffusion_model.py` has {lines:,} lines" in (ROOT / "README.md").read_text()
+
+
 def test_commands(workplace, capsys):
     """Each `python SCRIPT FLAGS` of the README runs as it stands, but for smaller numbers."""
     for line in COMMANDS:
