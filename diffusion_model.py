@@ -66,7 +66,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """Zero the last layer of a residual branch, so that at first the branch adds nothing: this trains more stably."""
+    """Zero the last layer of a residual branch, so that at first the branch adds nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -133,7 +133,7 @@ class SimpleUNet(nn.Module):
                  hidden_channels=64,
                  channel_mults=(1, 2, 4),       # level i has hidden_channels * channel_mults[i], works at H / 2**i
                  num_res_blocks=2,              # of each level on the way down; on the way up it is one more
-                 attention_levels=(1, 2),       # where each pixel looks at all others: too slow at the full size
+                 attention_levels=(1, 2),       # where each pixel looks at all others; 0 is the full size
                  num_heads=4,                   # of the attention
                  time_dim=256,                  # channels of the embedding of time and class
                  dropout=0.0,                   # share of the values dropped in each block while training
@@ -556,7 +556,7 @@ class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
 
     With class_names (or num_classes) it learns classes. unet_options: the other options of SimpleUNet. Other than
-    DiffusionModel, it predicts v unless told otherwise: from short training, v draws far better pictures.
+    DiffusionModel, which predicts noise as Ho et al. do, it predicts v unless told otherwise.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
@@ -723,7 +723,7 @@ def load_images(data, image_size=32, limit=None):
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data)
     try:
-        cifar = CIFAR10(root, train=True, download=(data == "cifar10"))       # checks the checksums of what is there
+        cifar = CIFAR10(root, train=True, download=(data == "cifar10"))     # checks the checksums of what is there
     except Exception as error:  # no network, a full disk, a file cut off
         raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): unpack cifar-10-python.tar.gz of "
                          f"https://www.cs.toronto.edu/~kriz/cifar.html in {root.resolve()}, or train without a "
@@ -924,7 +924,7 @@ class TrainingRun:
             channel_mults=config.channel_mults, num_res_blocks=config.num_res_blocks, dropout=config.dropout,
             attention_levels=config.attention_levels, num_heads=config.num_heads)
         self.model.to(self.device, memory_format=memory_format(self.device))
-        # A moving average of the weights over the steps draws better pictures than they do: it is what is exported.
+        # A moving average of the weights over the steps: what is drawn from and exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01,
                                            fused=True)  # all parameters in one pass

@@ -26,7 +26,7 @@ import torch
 from diffusion_model import (Parser, SimpleDiffusion, ends_in_one_line, from_uint8, keep_freed_memory, read_picture,
                              replacing, save_grid, to_uint8)
 
-GUIDANCE = 2.0   # above 1: more typical of the class, less varied
+GUIDANCE = 2.0   # above 1: more typical of the class; of 1, 1.5 and 2 the best (README, Quality)
 BATCH = 64       # pictures at a time: any number of them fits in memory
 
 

@@ -71,9 +71,8 @@ def test_snippets(workplace, monkeypatch, number):
     real = diffusion_model.TrainConfig
     monkeypatch.setattr(diffusion_model, "TrainConfig", lambda **options: real(**{
         **options, "epochs": 1, "limit": 24, "hidden_channels": 4, "batch_size": 8}))
-    shared = dict(torch=torch, DiffusionModel=diffusion_model.DiffusionModel,
-                  MyNetwork=lambda: diffusion_model.SimpleUNet(**TINY), batches=[torch.zeros(2, 3, 8, 8)])
-    exec(SNIPPETS[number], shared)
+    of_the_reader = dict(MyNetwork=lambda: diffusion_model.SimpleUNet(**TINY), batches=[torch.zeros(2, 3, 8, 8)])
+    exec(SNIPPETS[number], of_the_reader)
 
 
 OF_ONES_OWN = """
