@@ -12,35 +12,38 @@ A run that was stopped goes on when the same command is given again. All flags: 
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
 
 The released weights: --channel-mults 1 2 2 --num-res-blocks 1 --attention-levels 2 --batch-size 64 --lr 1.2e-3
---epochs 14 (4.8 M parameters, loss 0.140) took 115 minutes on two cores of an AMD EPYC without a GPU, torch 2.15.
+--epochs 14 (4.8 M parameters, loss 0.140) took 115 minutes on two cores of an AMD EPYC without a GPU, torch 2.15. What
+they draw is measured in the README.
 
-The classes need torch alone: acts 1 to 3 and the imports can be copied into a project of your own. Images are [-1, 1]
-inside.
+The classes need torch alone: parts 1 to 3 and their imports can be copied into a project of your own. Images are
+[-1, 1] inside.
 
 Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
 (arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
 DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Lu et al. 2022
 (2211.01095: DPM-Solver++).
 """
-import argparse
 import contextlib
-import copy
-import ctypes
-import hashlib
-import json
 import math
 import os
-import signal
-import sys
-import threading
-import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+# What follows is needed in part 4 only.
+import argparse
+import copy
+import ctypes
+import hashlib
+import json
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The U-Net: time embedding, attention, residual block, SimpleUNet
@@ -199,10 +202,10 @@ class SimpleUNet(nn.Module):
         skips = [x]
         for level, blocks in enumerate(self.down):
             if level > 0:
-                x = self.shrink[level - 1](x)                               # (B, 64, 16, 16), later (B, 128, 8, 8)
+                x = self.shrink[level - 1](x)                   # level 1: (B, 64, 16, 16), level 2: (B, 128, 8, 8)
                 skips.append(x)
             for block in blocks:
-                x = block(x, emb)                                           # (B, 128, 16, 16), later (B, 256, 8, 8)
+                x = block(x, emb)       # level 0: (B, 64, 32, 32), level 1: (B, 128, 16, 16), level 2: (B, 256, 8, 8)
                 skips.append(x)
         # Bottleneck.
         for block in self.middle:
@@ -273,7 +276,7 @@ def eval_mode(module):
 
 def progress_bar(steps, show):
     """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
-    with contextlib.suppress(ImportError):  # acts 1 to 3 need torch alone
+    with contextlib.suppress(ImportError):  # parts 1 to 3 need torch alone
         from tqdm import tqdm
         return tqdm(steps, disable=not show, desc="sampling", leave=False)
     return steps
@@ -286,7 +289,9 @@ class DiffusionModel(nn.Module):
     third argument, where they are given. For guidance, its attribute num_classes is the null label.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
     Factors are named as by Salimans and Ho, not as by Ho et al.: alpha^2 = alphas_cumprod, sigma^2 = 1 - alpha^2.
-    Timestep t is the papers' t + 1: at t = 0 an image has the noise of one step already; x_0 is the clean image.
+    Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. x_0 is the clean image.
+    schedule: "linear" multiplies beta_start and beta_end by 1000 / n_steps, so that x_T is noise for every n_steps;
+    "cosine" takes no heed of them. Raises ValueError if an option is out of range.
     """
 
     def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise"):
@@ -303,6 +308,8 @@ class DiffusionModel(nn.Module):
         # Computed in float64, since a thousand factors near 1 are multiplied; kept as float32, all that MPS has.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # section 2, above eq. 4
+        if alphas_cumprod[-1] < 1e-30:  # float32 would round its root to 0 soon, and samplers divide by it
+            raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])  # 1: the clean image
         tables = dict(
             betas=betas,
@@ -363,7 +370,8 @@ class DiffusionModel(nn.Module):
         x_0 = self.predict_x_start(x_t, t, y)
         alpha, sigma = self.alpha_sigma(t)
         beta, variance = extract(self.betas, t), extract(self.posterior_variance, t)
-        # Eq. 7: sqrt(alphas_cumprod_{t-1}) is alpha / sqrt(1 - beta). At t = 0 the mean is x_0, the variance 0.
+        # Eq. 7, where sqrt(alphas_cumprod_{t-1}) = alpha / sqrt(1 - beta), (1 - alphas_cumprod_{t-1}) / sigma^2 =
+        # variance / beta and alphas_t = 1 - beta. At t = 0 the mean is x_0, the variance 0.
         mean = alpha * beta / ((1 - beta).sqrt() * sigma**2) * x_0 + (1 - beta).sqrt() * variance / beta * x_t
         return mean + variance.sqrt() * torch.randn_like(x_t)
 
@@ -397,6 +405,7 @@ class DiffusionModel(nn.Module):
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
         x_T (N, C, H, W): the starting noise, in place of the seed's.
+        Raises ValueError if the options do not fit together.
         """
         device, layout = self.betas.device, memory_format(self.betas.device)
         y, init_image, mask, x_T = self._prepare_options(shape, y, guidance, init_image, strength, mask, x_T)
@@ -434,8 +443,8 @@ class DiffusionModel(nn.Module):
                 if sampler == "dpm++" and s >= 0:                           # Lu et al. 2022, Algorithm 2
                     h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
                     if i > 0:
-                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # as if x_0 went on changing so
-                if sampler == "ddpm":                                       # eq. 7, also where timesteps are skipped
+                        D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # x_0 extrapolated by half a step
+                if sampler == "ddpm":                                       # eq. 7; beta is 1 - (alpha_t / alpha_s)^2
                     spread = sigma_s / sigma_t * math.sqrt(1 - (alpha_t / alpha_s) ** 2)
                 noise = (x_t - alpha_t * D) / sigma_t                       # eq. 4, solved for the noise
                 x_t = alpha_s * D + math.sqrt(max(0.0, sigma_s**2 - spread**2)) * noise  # Song et al. 2021, eq. 12
@@ -461,8 +470,11 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"labels must be in 0..{num_classes}, where {num_classes} is no class, got {y.tolist()}")
         if guidance != 1 and (y is None or num_classes is None):
             raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
-        if mask is not None and init_image is None:
-            raise ValueError("a mask needs an init_image whose pixels to keep")
+        if mask is not None:
+            fits = mask.ndim <= len(shape) and all(m in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1]))
+            if init_image is None or not fits or not 0 <= mask.min() <= mask.max() <= 1:
+                raise ValueError(f"a mask needs an init_image whose pixels to keep, a shape that broadcasts to "
+                                 f"{tuple(shape)}, and values in 0..1")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be in 0..1, got {strength}")
         return y, init_image, mask, x_T
@@ -588,7 +600,7 @@ class SimpleDiffusion(nn.Module):
     def sample(self, batch_size=4, **options):
         """Draw images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample.
 
-        As there, init_image goes in, and the images of the callback come out, in [-1, 1].
+        Only the result is in [0, 1]: init_image, and the images that callback gets, are in [-1, 1].
         """
         shape = (batch_size, self.model.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
@@ -786,7 +798,7 @@ class TrainConfig:
     data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
     out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
     image_size: int = option(32, "height and width; images are resized and cropped to the centre", low=1, below=1025)
-    limit: int = option(None, "use the first LIMIT images only", low=1)
+    limit: int = option(None, "use the first LIMIT images only (of a folder in the order of their paths)", low=1)
     epochs: int = option(100, "passes over the data", low=1)
     batch_size: int = option(128, "images a step, over all processes", low=1)
     lr: float = option(4e-4, "peak learning rate, after the warm-up and before the decay to 0", low=1e-12)
@@ -811,8 +823,9 @@ class TrainConfig:
         for entry in fields(self):
             value, rules, flag = getattr(self, entry.name), entry.metadata, flag_of(entry.name)
             several = isinstance(entry.default, tuple)
-            if several:
-                setattr(self, entry.name, tuple(value))  # the command line gives a list
+            if value is not None:  # a list, a Path, a number of numpy's: training_state.pth holds none of them
+                value = tuple(map(int, value)) if several else entry.type(value)
+                setattr(self, entry.name, value)
             for number in value if several else [value]:
                 if "low" in rules and number is not None and not rules["low"] <= number < rules.get("below", math.inf):
                     below = f" and below {rules['below']}" if "below" in rules else ""
@@ -931,6 +944,8 @@ class TrainingRun:
         if state is not None:
             self.restore(state)
         self.resumed_at = self.step, self.seconds
+        if self.world > 1:
+            self.check_all_begin_alike()
         # Under torchrun, backward() of the wrapped model averages the gradients over the processes.
         self.loss = self.model if self.world == 1 else nn.parallel.DistributedDataParallel(self.model)
         if config.compile:
@@ -952,6 +967,14 @@ class TrainingRun:
             self.device = torch.device("cpu")
         if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    def check_all_begin_alike(self):
+        """Refuse to start where some machines have found the state of a stopped run and others have not."""
+        most_and_least = torch.tensor([self.step, -self.step], device="cpu")
+        torch.distributed.all_reduce(most_and_least, torch.distributed.ReduceOp.MAX)
+        if most_and_least.sum() != 0:
+            raise ValueError(f"not every process finds the same {self.state_path}: --out must be a folder that all "
+                             f"machines share")
 
     def compile(self):
         """Compile the loss, and try it on a batch; where that fails, warn and go on without."""
@@ -1054,21 +1077,24 @@ class TrainingRun:
 
     def begin(self):
         """Say what is trained on what. At the very start, show what the network is fed and keep an old checkpoint."""
-        config, classes, small = self.config, self.model.model.num_classes, ""
+        config, classes, small, slow = self.config, self.model.model.num_classes, "", ""
         if self.batch_size < config.batch_size:
             small = f" (there are fewer images than --batch-size {config.batch_size})"
+        if self.device.type == "cpu" and count_parameters(self.model) > 10e6:
+            slow = " (slow on a CPU: the README has a smaller one)"
         if not self.fresh:
             self.say(f"going on after step {self.step} from {self.state_path} (--restart begins again)")
         self.say(f"device    {self.device}, {'bfloat16' if has_bfloat16(self.device) else 'float32'}\n"
-                 f"network   {count_parameters(self.model) / 1e6:.1f} M parameters, {classes or 'no'} classes\n"
+                 f"network   {count_parameters(self.model) / 1e6:.1f} M parameters, {classes or 'no'} classes{slow}\n"
                  f"data      {len(self.images):,} images of {config.data}, {config.image_size} pixels wide\n"
                  f"training  {config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}{small}\n"
                  f"files     {self.out}")
         if self.rank > 0 or not self.fresh:
             return
-        if self.checkpoint.exists():
-            with replacing(f"{self.checkpoint}.bak") as temporary:
-                temporary.write_bytes(self.checkpoint.read_bytes())
+        for old in (self.checkpoint, self.out / "model_info.json"):
+            if old.exists():
+                with replacing(f"{old}.bak") as temporary:
+                    temporary.write_bytes(old.read_bytes())
         x, _ = self.batch(torch.arange(min(64, len(self.images))))
         save_grid((x + 1) / 2, self.out / "samples" / "data.png", columns=8)
         plot_noising(x[0].cpu(), config, self.out / "samples" / "noising.png")
@@ -1092,7 +1118,7 @@ class TrainingRun:
             classes = self.model.model.num_classes
             labels = None if classes is None else [i % classes for i in range(4)]
             self.export()
-            # Drawn from the file, so that the grid shows exactly what inference_example.py draws.
+            # Drawn from the file, so that the grid shows what inference_example.py draws with --guidance 1.
             model = SimpleDiffusion.load(self.checkpoint, self.device)
             images = model.sample(4, y=labels, seed=config.seed, progress=False)
             save_grid(images, self.out / "samples" / f"epoch_{epoch:04d}.png", columns=2)
@@ -1111,7 +1137,8 @@ class TrainingRun:
             learning_rate=config.lr, prediction=config.prediction, schedule=config.schedule,
             n_steps=config.n_steps, final_loss=round(self.epoch_losses[-1], 5),
             training_minutes=round(self.seconds / 60, 1),
-            device=str(self.device), torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"), license="MIT")
+            device=str(self.device), torch=str(torch.__version__), date=time.strftime("%Y-%m-%d"),
+            license="MIT" if is_cifar10(config.data) or config.data == "shapes" else "not stated")
         self.ema.save(self.checkpoint, **info)
         # Only model_info.json has the checksum: a file cannot hold its own.
         info["sha256"] = hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
@@ -1127,8 +1154,9 @@ class TrainingRun:
 
 
 def train(config):
-    """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights, in eval mode.
+    """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights.
 
+    It is in eval mode and has no gradients: to train it on, .train().requires_grad_(True).
     Raises ValueError or OSError where an option, the data or a file is wrong, FloatingPointError where the loss is not
     finite, and SystemExit (130 or 143) after Ctrl-C or SIGTERM, with the state saved.
     """
@@ -1185,10 +1213,13 @@ def ends_in_one_line():
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         message = " ".join(str(error).split())
+    except ImportError as error:
+        message = f"{error}: pip install -r requirements.txt"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # no lack of memory, which CPU, CUDA and MPS all report with this word, but a bug: show where
-        message = f"out of memory: lower --batch-size, --hidden-channels or --image-size; to draw, -n ({brief(error)})"
+        message = (f"out of memory ({brief(error)}): lower --batch-size, --hidden-channels or --image-size, together "
+                   f"with --restart; to draw, lower -n")
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

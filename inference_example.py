@@ -1,4 +1,4 @@
-"""Draw pictures from diffusion_model.pth, which `python diffusion_model.py` writes. Seconds on a CPU.
+"""Draw pictures from diffusion_model.pth, which `python diffusion_model.py` writes.
 
     python inference_example.py                                    eight of each class, a row a class
     python inference_example.py -n 16 --seed 7                     sixteen, the classes in turn
@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from diffusion_model import (Parser, SimpleDiffusion, ends_in_one_line, from_uint8, keep_freed_memory, read_picture,
-                             replacing, save_grid, to_uint8)
+from diffusion_model import (Parser, SimpleDiffusion, count_parameters, ends_in_one_line, from_uint8,
+                             keep_freed_memory, read_picture, replacing, save_grid, to_uint8)
 
 GUIDANCE = 2.0   # above 1: more typical of the class; of 1, 1.5 and 2 the best (README, Quality)
-BATCH = 64       # pictures at a time: any number of them fits in memory
+BATCH = 16       # pictures at a time, so that any number of them fits in memory; more are no faster on a CPU
 
 
 def generate_images(model, num_images=8, labels=None, **options):
@@ -171,7 +171,8 @@ def main(argv=None):
     endings = ["_" + re.sub(r"[^\w-]+", "-", name) for name in names]  # a name from a file may hold / and ..
     files = [f"{i:05d}{endings[label] if names else ''}.png" for i, label in enumerate(labels)]
     if args.save_each and (others := {path.name for path in args.save_each.glob("*.png")} - set(files)):
-        raise ValueError(f"--save-each {args.save_each}: other pictures are in it, such as {min(others)}")
+        raise ValueError(f"--save-each {args.save_each}: name another folder, for other pictures are in it, such as "
+                         f"{min(others)}")
     if args.denoising and count > 16:
         raise ValueError(f"--denoising shows at most 16 pictures, not {count}: choose a smaller -n")
 
@@ -197,7 +198,7 @@ def main(argv=None):
     for image, file in zip(images, files if args.save_each else []):
         save_grid(image[None], args.save_each / file, columns=1, scale=1)  # a single picture gets no border
 
-    print(f"{args.checkpoint}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters, "
+    print(f"{args.checkpoint}: {count_parameters(model) / 1e6:.1f} M parameters, "
           f"{size}x{size} pixels, {', '.join(names) or 'no classes'}")
     print(f"{count} pictures in {seconds:.1f} s on {next(model.parameters()).device}: {args.sampler}, "
           f"{len(model.diffusion.timesteps(args.sampler, args.steps))} steps, guidance {options['guidance']:g}, "

@@ -315,6 +315,24 @@ def test_a_save_that_fails_leaves_the_old_file(checkpoint, state, tiny_model, mo
     assert not list(Path().rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "--batch-size"), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--restart"),
+    (ModuleNotFoundError("No module named 'torchvision'"), "pip install -r requirements.txt")])
+def test_what_the_machine_lacks(monkeypatch, capsys, error, words):
+    """Too little memory and a missing package end in one line that says what to do; any other error shows where."""
+    def fail(run):
+        raise error
+    monkeypatch.setattr(diffusion_model.TrainingRun, "train_step", fail)
+    with pytest.raises(SystemExit) as stopped:
+        diffusion_model.main(RUN)
+    line, = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ") and words in line
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        diffusion_model.main(RUN)
+
+
 def test_a_disk_that_is_full(checkpoint, tiny_model, capsys):
     """Really: the system refuses to let any file grow further."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

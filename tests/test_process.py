@@ -296,22 +296,26 @@ def test_default_steps(sampler, n_steps, expected):
 # ---- the options of sample
 
 
-@pytest.mark.parametrize("options", [dict(schedule="sigmoid"), dict(prediction="x0"), dict(n_steps=0)])
+@pytest.mark.parametrize("options", [dict(schedule="sigmoid"), dict(prediction="x0"), dict(n_steps=0),
+                                     dict(beta_start=0.1, beta_end=0.01), dict(n_steps=50, beta_end=0.4)])
 def test_impossible_process(options):
-    """A misspelt option must not silently be another one."""
+    """A misspelt option must not silently be another one, and betas that leave nothing of the image divide by 0."""
     with pytest.raises(ValueError):
         DiffusionModel(None, **options)
 
 
 @pytest.mark.parametrize("options", [
     dict(steps=0), dict(steps=11), dict(sampler="dpm++", steps=11), dict(sampler="dpm"), dict(y=torch.tensor([0])),
-    dict(y=torch.tensor([0, 4])), dict(y=torch.tensor([0, -1])), dict(mask=torch.ones(3, 3, 4, 4)),
-    dict(init_image=IMAGES[:2], strength=1.1), dict(init_image=IMAGES[:2], strength=-0.1), dict(init_image=IMAGES)])
+    dict(y=torch.tensor([0, 4])), dict(y=torch.tensor([0, -1])), dict(mask=torch.ones(2, 3, 4, 4)),
+    dict(init_image=IMAGES[:2], strength=1.1), dict(init_image=IMAGES[:2], strength=-0.1), dict(init_image=IMAGES),
+    dict(init_image=IMAGES[:2], steps=1, strength=0.5),
+    dict(init_image=IMAGES[:1], mask=torch.ones(8, 1, 4, 4), shape=(1, 3, 4, 4)),
+    dict(init_image=IMAGES[:2], mask=torch.full((4, 4), 255))])
 def test_impossible_options(options):
     """Said in words before the first step, not by an index error far below or by a picture of something else."""
-    process = DiffusionModel(SimpleUNet(**TINY, num_classes=3), n_steps=10)
+    process = DiffusionModel(SimpleUNet(**TINY, num_classes=3), n_steps=options.pop("n_steps", 10))
     with pytest.raises(ValueError):
-        process.sample((2, 3, 4, 4), **{"sampler": "ddim", "progress": False, **options})
+        process.sample(**{"shape": (2, 3, 4, 4), "sampler": "ddim", "progress": False, **options})
 
 
 @pytest.mark.parametrize("w", [0, 1, 3])

@@ -1,4 +1,6 @@
-"""The commands and snippets of the README themselves, with numbers small enough for a test."""
+"""The commands and snippets of the README and of the docstrings themselves, with numbers small enough for a test."""
+import ast
+import inspect
 import re
 import shlex
 import shutil
@@ -15,6 +17,9 @@ import inference_example
 
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+# In the docstrings a command is followed by two spaces or more and what it does.
+DOCUMENTED = [line.strip().split("   ")[0] for script in (diffusion_model, inference_example)
+              for line in script.__doc__.splitlines() if line.startswith("    python ")]
 SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
 # Added to each command: of a flag given twice, the last counts.
 SMALL_RUN = "--image-size 16 --limit 24 --epochs 1 --batch-size 8 --hidden-channels 4 --num-res-blocks 1"
@@ -44,9 +49,22 @@ def test_it_counts_its_lines():
     assert f"`diffusion_model.py` has {lines:,} lines" in (ROOT / "README.md").read_text()
 
 
-def test_commands(workplace, capsys):
-    """Each `python SCRIPT FLAGS` of the README runs as it stands, but for smaller numbers."""
-    for line in COMMANDS:
+def test_the_file_stays_readable():
+    """The bounds of the design: lines of up to 119 columns, functions of up to 60 lines."""
+    for script in ("diffusion_model.py", "inference_example.py"):
+        source = (ROOT / script).read_text()
+        assert max(map(len, source.splitlines())) <= 119
+        for part in ast.walk(ast.parse(source)):
+            assert not isinstance(part, ast.FunctionDef) or part.end_lineno - part.lineno < 60, part.name
+
+
+@pytest.mark.parametrize("lines", [COMMANDS, DOCUMENTED], ids=["README", "docstrings"])
+def test_commands(workplace, capsys, lines):
+    """Each `python SCRIPT FLAGS` runs as it stands, but for smaller numbers."""
+    assert len(lines) > 8
+    Image.new("RGB", (16, 16), "white").save("FILE.png")
+    for line in lines:
+        line = line.replace("FILE ", "FILE.png ") + (".png" if line.endswith("FILE") else "")
         words = shlex.split(line)
         if words[:2] == ["python", "diffusion_model.py"]:
             small = SMALL_RUN.split() + ([] if "--data" in words else ["--data", "shapes"])
@@ -55,6 +73,22 @@ def test_commands(workplace, capsys):
         elif words[:2] == ["python", "inference_example.py"]:
             inference_example.main(words[2:] + ["-n", "2", "--steps", "2"])
             assert "samples" in capsys.readouterr().out or "--out" in words
+
+
+def test_settings_of_the_earlier_projects(workplace):
+    """The flags in that table of the README are known, and the options of the classes are those of the classes."""
+    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("| ") and "`--" in row]
+    assert len(rows) == 5
+    for row in rows:
+        flags = [word for code in re.findall(r"`(--[^`]*)`", row) for word in code.split()]
+        flags += ["32"] if flags[-1] == "--hidden-channels" else []
+        parsed = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(diffusion_model, "train", lambda config: parsed.update(vars(config)))
+            diffusion_model.main(flags)
+        assert parsed
+        for name, option in re.findall(r"`(\w+)\((\w+)=", row) + re.findall(r"`(\w+)\(.*?, (\w+)=", row):
+            assert option in inspect.signature(getattr(diffusion_model, name)).parameters
 
 
 def test_other_commands_are_known():
@@ -92,10 +126,20 @@ print("drawn")
 """
 
 
-def test_acts_1_to_3_in_a_project_of_ones_own(tmp_path):
+def test_import_needs_torch_alone_and_does_nothing(tmp_path):
+    """The whole file: no other package, nothing printed, no file, no random number drawn."""
+    blocked = OF_ONES_OWN.split("import torch\n")[0]
+    code = (f"{blocked}import torch\nstate = torch.get_rng_state()\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"import diffusion_model\nassert torch.equal(state, torch.get_rng_state())")
+    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert used.returncode == 0 and used.stdout == "" and not list(tmp_path.iterdir()), used.stderr
+
+
+def test_parts_1_to_3_in_a_project_of_ones_own(tmp_path):
     """Copied out of the file into an empty folder, they train, save, load and draw with torch alone."""
-    acts = (ROOT / "diffusion_model.py").read_text().split("\n# 4. ")[0]
-    (tmp_path / "mine.py").write_text(acts)
+    parts = (ROOT / "diffusion_model.py").read_text().split("\n# 4. ")[0]
+    before, rest = parts.split("\n# What follows is needed in part 4 only.\n")
+    (tmp_path / "mine.py").write_text(before + rest[rest.index("# ---"):])
     (tmp_path / "use.py").write_text(OF_ONES_OWN)
     used = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
     assert used.stdout == "drawn\n", used.stderr

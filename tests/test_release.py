@@ -1,6 +1,9 @@
 """The released weights are what model_info.json and the README say, and draw without a flag."""
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,6 +38,22 @@ def test_the_readme_quotes_model_info():
         assert f"| 5,000 | {quality['fd' + ending]} | {quality['coverage' + ending]} | " in readme
         assert f"| {quality['accuracy' + ending]:.2f} |" in readme
     assert quality["default_guidance"] == inference_example.GUIDANCE
+
+
+PEAK = """
+import resource, sys
+import inference_example
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+inference_example.main("-n 80 --steps 2 --device cpu --out drawn.png".split() + ["--checkpoint", sys.argv[1]])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_drawing_fits_in_little_memory(tmp_path):
+    """Under 500 MB on top of what PyTorch takes by itself, however many pictures are drawn."""
+    drawn = subprocess.run([sys.executable, "-c", PEAK, WEIGHTS], cwd=tmp_path, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert drawn.returncode == 0 and int(drawn.stdout.splitlines()[-1]) < 500e6, drawn.stdout + drawn.stderr
 
 
 def test_a_picture_of_each_class():

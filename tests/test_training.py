@@ -3,6 +3,7 @@
 Most runs are made in this process. Those that are killed are children of a server that has imported torch before
 (multiprocessing's forkserver), which makes a start cheap.
 """
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -197,13 +198,16 @@ def test_another_setting_is_an_error_that_names_it(whole, here, capsys, flags):
 
 
 def test_an_older_checkpoint_is_kept(here, monkeypatch):
-    """As diffusion_model.pth.bak, also where the run is killed between its first export and its first state."""
+    """As diffusion_model.pth.bak, also where the run is killed between its first export and its first state; and so is
+    the model_info.json that describes it."""
     Path("diffusion_model.pth").write_bytes(b"years of work")
+    Path("model_info.json").write_bytes(b"how it was made")
     save_state = TrainingRun.save_state
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "save_state", lambda run: save_state(run) if run.step == 0 else sys.exit("killed"))
         assert train() == "killed" and Path("diffusion_model.pth").read_bytes() != b"years of work"
     assert train() == 0 and Path("diffusion_model.pth.bak").read_bytes() == b"years of work"
+    assert Path("model_info.json.bak").read_bytes() == b"how it was made"
 
 
 def test_what_a_run_leaves(whole):
@@ -223,6 +227,67 @@ def test_what_a_run_leaves(whole):
     for word in ("cpu", "parameters", "256 images", str(whole), "epoch   2/2", "inference_example.py"):
         assert word in out
     assert (whole / "err").read_text() == "" and "\r" not in out
+
+
+def test_the_bar_of_a_terminal(here, monkeypatch, capsys):
+    """It shows the loss, images a second and the time left; the lines of the epochs stand above it, whole."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(diffusion_model.time, "monotonic", lambda: 2 * next(ticks))  # as if a step took two seconds
+    assert train() == 0
+    out, err = capsys.readouterr()
+    bar = err.split("\r")[-1]
+    assert "loss=" in bar and "images/s" in bar and "100%" in bar and "<" in bar
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == ["1/2", "2/2"]
+
+
+def test_the_state_is_saved_every_five_minutes(here, monkeypatch):
+    """Within an epoch too: here a step seems to take two minutes, so each third one of the eight."""
+    saved, ticks = [], iter(range(10**6))
+    spy(monkeypatch.setattr, TrainingRun, "save_state", lambda run: saved.append(run.step))
+    monkeypatch.setattr(diffusion_model.time, "monotonic", lambda: 120 * next(ticks))
+    assert train() == 0 and saved == [0, 3, 6, 8, 11, 14, 16]
+
+
+def test_a_step(here, monkeypatch):
+    """AdamW gets the gradient of the loss, clipped to a norm of 1; the average is taken after its step."""
+    run = TrainingRun(TrainConfig(**CONFIG))
+    with torch.no_grad():
+        run.model.model.out.weight.normal_(std=30)                          # a loss with a large gradient
+    seen, order = {}, []
+    network, step, loss = copy.deepcopy(run.model), run.optimizer.step, run.loss
+
+    def one_loss(x, y):
+        seen["random"] = torch.get_rng_state()
+        seen["batch"] = x, y
+        return loss(x, y)
+
+    def one_step():
+        seen["gradients"] = [parameter.grad.clone() for parameter in run.model.parameters()]
+        order.append("step")
+        return step()
+    run.loss, run.optimizer.step = one_loss, one_step
+    spy(monkeypatch.setattr, diffusion_model, "update_ema", lambda *_: order.append("average"))
+    run.train_step()
+    torch.set_rng_state(seen["random"])
+    with diffusion_model.autocast(run.device):
+        expected = torch.autograd.grad(network(*seen["batch"]), list(network.parameters()))
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
+    assert norm > 2 and order == ["step", "average"] and isinstance(run.optimizer, torch.optim.AdamW)
+    for gradient, before in zip(seen["gradients"], expected):
+        torch.testing.assert_close(gradient, before / norm, rtol=1e-3, atol=1e-6)
+
+
+def test_options_of_any_make(here, whole):
+    """From Python a Path, a device, lists and numbers of numpy will do: the run exports and can be resumed."""
+    import numpy
+    odd = dict(CONFIG, out=Path("run"), device=torch.device("cpu"), channel_mults=[numpy.int64(1), 2],
+               epochs=numpy.int64(1), lr=numpy.float64(4e-4))
+    diffusion_model.train(TrainConfig(**odd))
+    diffusion_model.train(TrainConfig(**{**odd, "epochs": 2, "data": "shapes"}))
+    assert same(state("run")["model"].keys(), state(whole)["model"].keys()) and state("run")["step"] == 16
+    with pytest.raises(ValueError):
+        TrainConfig(epochs="many")
 
 
 def test_a_seed_is_a_run(whole, here):
@@ -457,6 +522,17 @@ def test_one_of_two_processes_is_stopped(tmp_path, victim, number):
     finally:
         for process in both:
             process.kill()
+
+
+def test_machines_that_do_not_share_a_folder(tmp_path):
+    """One process finds the state of a stopped run, the other, in a folder of its own, does not: both refuse."""
+    (tmp_path / "0").mkdir()
+    finish(tmp_path / "0", "--epochs", 1)
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    both = [start(tmp_path / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+    for rank, process in enumerate(both):
+        process.join(60)
+        assert process.exitcode == 2 and "share" in (tmp_path / str(rank) / "err").read_text()
 
 
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
