@@ -15,8 +15,8 @@ The released weights: --channel-mults 1 2 2 --num-res-blocks 1 --attention-level
 --epochs 14 (4.8 M parameters, loss 0.140) took 115 minutes on two cores of an AMD EPYC without a GPU, torch 2.15. What
 they draw is measured in the README.
 
-The classes need torch alone: parts 1 to 3 and their imports can be copied into a project of your own. Images are
-[-1, 1] inside.
+The classes need torch alone: parts 1 to 3 and their imports can be copied into a project of your own. Images are in
+[-1, 1] everywhere but in what SimpleDiffusion.sample returns.
 
 Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
 (arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
@@ -221,6 +221,11 @@ class SimpleUNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The diffusion process: DiffusionModel
+#
+# Training: mix an image with noise, x_t = alpha * x_0 + sigma * noise (the larger t, the more noise), and teach the
+# network to tell the two apart. Drawing: begin with noise alone; in each step the network estimates the clean image
+# x_0 that is in x_t, and the next x_t is that estimate with less noise. The papers call the first direction
+# q(x_t | x_0), the second p(x_{t-1} | x_t).
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
@@ -288,8 +293,10 @@ class DiffusionModel(nn.Module):
     model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
     third argument, where they are given. For guidance, its attribute num_classes is the null label.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    Factors are named as by Salimans and Ho, not as by Ho et al.: alpha^2 = alphas_cumprod, sigma^2 = 1 - alpha^2.
-    Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. x_0 is the clean image.
+    alpha and sigma are the factors in x_t = alpha * x_0 + sigma * noise, as Salimans and Ho name them: alpha^2 =
+    alphas_cumprod, sigma^2 = 1 - alpha^2. Ho et al. call another number alpha_t: 1 - beta_t.
+    Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. The clean image is x_0, as
+    an argument x_start.
     schedule: "linear" multiplies beta_start and beta_end by 1000 / n_steps, so that x_T is noise for every n_steps;
     "cosine" takes no heed of them. Raises ValueError if an option is out of range.
     """
@@ -308,7 +315,7 @@ class DiffusionModel(nn.Module):
         # Computed in float64, since a thousand factors near 1 are multiplied; kept as float32, all that MPS has.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # section 2, above eq. 4
-        if alphas_cumprod[-1] < 1e-30:  # float32 would round its root to 0 soon, and samplers divide by it
+        if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         alphas_cumprod_prev = torch.cat([torch.ones_like(betas[:1]), alphas_cumprod[:-1]])  # 1: the clean image
         tables = dict(
@@ -399,7 +406,7 @@ class DiffusionModel(nn.Module):
 
         sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.) or "dpm++" (DPM-Solver++(2M), Lu et al.).
         steps: how often the network is called; None: n_steps, 50 and 20. dpm++ leaves out repeated timesteps.
-        y: labels (N,). guidance: 1 draws as trained, more is more typical of the class and takes twice the time.
+        y: labels (N,); None: no class. guidance: 1 draws as trained; more is more typical of a class, in twice the time.
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
@@ -440,8 +447,8 @@ class DiffusionModel(nn.Module):
                     callback(i, t, x_t, x_0)
                 alpha_t, sigma_t, alpha_s, sigma_s = alphas[t], sigmas[t], alphas[s], sigmas[s]
                 D, spread = x_0, 0.0                                        # the image to aim at; the noise to add
-                if sampler == "dpm++" and s >= 0:                           # Lu et al. 2022, Algorithm 2
-                    h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
+                if sampler == "dpm++" and s >= 0:           # Lu et al. 2022, Algorithm 2; lambda at s = -1 is infinite
+                    h_previous, h = h, math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)  # step in lambda
                     if i > 0:
                         D = x_0 + (x_0 - x_0_previous) * h / (2 * h_previous)  # x_0 extrapolated by half a step
                 if sampler == "ddpm":                                       # eq. 7; beta is 1 - (alpha_t / alpha_s)^2
@@ -810,7 +817,8 @@ class TrainConfig:
     dropout: float = option(0.0, "share of the residual blocks' values dropped in training", low=0.0, below=1.0)
     n_steps: int = option(1000, "timesteps of the diffusion process", low=1)
     schedule: str = option("linear", "noise schedule: linear or cosine", choices=("linear", "cosine"))
-    prediction: str = option("v", "what the network predicts: v or noise", choices=("v", "noise"))
+    prediction: str = option("v", "what the network predicts: v (mixed of noise and image) or noise",
+                             choices=("v", "noise"))
     unconditional: bool = option(False, "ignore the classes of the data")
     sample_every: int = option(5, "epochs from one grid of samples and export to the next", low=1)
     seed: int = option(0, "of the weights, the order of the data and all noise", low=0, below=2**31)
@@ -823,8 +831,14 @@ class TrainConfig:
         for entry in fields(self):
             value, rules, flag = getattr(self, entry.name), entry.metadata, flag_of(entry.name)
             several = isinstance(entry.default, tuple)
-            if value is not None:  # a list, a Path, a number of numpy's: training_state.pth holds none of them
-                value = tuple(map(int, value)) if several else entry.type(value)
+            if value is not None:  # from Python also a Path, a list, a number of numpy's, which no file of ours holds
+                try:
+                    plain = tuple(map(int, value)) if several else entry.type(value)
+                except (TypeError, ValueError, OverflowError):
+                    plain = None
+                if plain is None or (entry.type is not str and plain != (tuple(value) if several else value)):
+                    raise ValueError(f"{flag} cannot be {value!r}")
+                value = plain
                 setattr(self, entry.name, value)
             for number in value if several else [value]:
                 if "low" in rules and number is not None and not rules["low"] <= number < rules.get("below", math.inf):
@@ -908,9 +922,9 @@ class TrainingRun:
         if self.world > 1:
             self.join_processes()
         self.step, self.seconds = 0, 0.0  # steps done, and time spent on them, in earlier starts of the run too
-        self.epoch_losses = []            # the mean of each finished epoch
-        self.losses = []                  # of each step of this epoch
-        self.pending = []                 # of the latest steps, still on the device
+        self.epoch_losses = []            # the mean loss of each finished epoch
+        self.losses = []                  # the loss of each step of this epoch, as far as it was fetched
+        self.pending = []                 # loss and gradient norm of the latest steps, still on the device
         self.order = self.tensorboard = None
         state = self.read_state() if self.state_path.exists() and not config.restart else None
         self.fresh = state is None
@@ -1219,7 +1233,7 @@ def ends_in_one_line():
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise  # no lack of memory, which CPU, CUDA and MPS all report with this word, but a bug: show where
         message = (f"out of memory ({brief(error)}): lower --batch-size, --hidden-channels or --image-size, together "
-                   f"with --restart; to draw, lower -n")
+                   f"with --restart; to draw, -n below 16 or --device cpu")
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -224,6 +224,8 @@ def test_e_a_run_shows_the_data_and_the_two_schedules(pictures, tmp_path):
             colours[name] = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
             assert len(colours[name]) > 10
     assert {(31, 119, 180), (255, 127, 14)} <= colours["noising"]  # matplotlib's first two colours: two curves
+    info = json.loads((tmp_path / "model_info.json").read_text())
+    assert info["license"] == "not stated"  # the pictures are not ours
 
 
 def test_four_pictures_are_learned_by_heart():

@@ -313,7 +313,7 @@ def test_impossible_process(options):
     dict(init_image=IMAGES[:2], mask=torch.full((4, 4), 255))])
 def test_impossible_options(options):
     """Said in words before the first step, not by an index error far below or by a picture of something else."""
-    process = DiffusionModel(SimpleUNet(**TINY, num_classes=3), n_steps=options.pop("n_steps", 10))
+    process = DiffusionModel(SimpleUNet(**TINY, num_classes=3), n_steps=10)
     with pytest.raises(ValueError):
         process.sample(**{"shape": (2, 3, 4, 4), "sampler": "ddim", "progress": False, **options})
 

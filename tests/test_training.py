@@ -284,10 +284,16 @@ def test_options_of_any_make(here, whole):
     odd = dict(CONFIG, out=Path("run"), device=torch.device("cpu"), channel_mults=[numpy.int64(1), 2],
                epochs=numpy.int64(1), lr=numpy.float64(4e-4))
     diffusion_model.train(TrainConfig(**odd))
-    diffusion_model.train(TrainConfig(**{**odd, "epochs": 2, "data": "shapes"}))
+    diffusion_model.train(TrainConfig(**{**odd, "epochs": 2}))
     assert same(state("run")["model"].keys(), state(whole)["model"].keys()) and state("run")["step"] == 16
-    with pytest.raises(ValueError):
-        TrainConfig(epochs="many")
+    for wrong in (dict(epochs="many"), dict(epochs=1.5), dict(channel_mults=(1, 1.5)), dict(unconditional="no")):
+        with pytest.raises(ValueError, match=f"--{list(wrong)[0].replace('_', '-')}"):
+            TrainConfig(**wrong)
+
+
+def test_a_large_network_on_a_cpu_is_said_to_be_slow(here, capsys):
+    TrainingRun(TrainConfig(data="shapes", limit=8, device="cpu")).begin()
+    assert "16.8 M parameters, 10 classes (slow on a CPU" in capsys.readouterr().out
 
 
 def test_a_seed_is_a_run(whole, here):
@@ -526,13 +532,16 @@ def test_one_of_two_processes_is_stopped(tmp_path, victim, number):
 
 def test_machines_that_do_not_share_a_folder(tmp_path):
     """One process finds the state of a stopped run, the other, in a folder of its own, does not: both refuse."""
-    (tmp_path / "0").mkdir()
     finish(tmp_path / "0", "--epochs", 1)
     shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     both = [start(tmp_path / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
-    for rank, process in enumerate(both):
-        process.join(60)
-        assert process.exitcode == 2 and "share" in (tmp_path / str(rank) / "err").read_text()
+    try:
+        for rank, process in enumerate(both):
+            process.join(60)
+            assert process.exitcode == 2 and "machines share" in (tmp_path / str(rank) / "err").read_text()
+    finally:
+        for process in both:
+            process.kill()
 
 
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
