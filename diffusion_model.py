@@ -406,7 +406,7 @@ class DiffusionModel(nn.Module):
 
         sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.) or "dpm++" (DPM-Solver++(2M), Lu et al.).
         steps: how often the network is called; None: n_steps, 50 and 20. dpm++ leaves out repeated timesteps.
-        y: labels (N,); None: no class. guidance: 1 draws as trained; more is more typical of a class, in twice the time.
+        y: labels (N,); None: no class. guidance: 1 draws as trained, more is more typical of them, in twice the time.
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
