@@ -38,6 +38,10 @@ def test_the_readme_quotes_model_info():
         assert f"| 5,000 | {quality['fd' + ending]} | {quality['coverage' + ending]} | " in readme
         assert f"| {quality['accuracy' + ending]:.2f} |" in readme
     assert quality["default_guidance"] == inference_example.GUIDANCE
+    anchor = INFO["anchor"]  # a plain recipe, after the same time on the same machine
+    assert all(anchor[name] == quality[name] for name in ("N", "seed", "sampler", "steps"))
+    assert anchor["training_minutes"] == INFO["training_minutes"] and anchor["fd"] >= 4 * quality["fd"]
+    assert f"| 5,000 | {anchor['fd']} | {anchor['coverage']} | " in readme and f"{anchor['images_seen']:,} images" in readme
 
 
 PEAK = """
