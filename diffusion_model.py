@@ -298,7 +298,7 @@ class DiffusionModel(nn.Module):
     Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. The clean image is x_0, as
     an argument x_start.
     schedule: "linear" multiplies beta_start and beta_end by 1000 / n_steps, so that x_T is noise for every n_steps;
-    "cosine" takes no heed of them. Raises ValueError if an option is out of range.
+    "cosine" ignores them. Raises ValueError if an option is out of range.
     """
 
     def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise"):
@@ -406,7 +406,7 @@ class DiffusionModel(nn.Module):
 
         sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.) or "dpm++" (DPM-Solver++(2M), Lu et al.).
         steps: how often the network is called; None: n_steps, 50 and 20. dpm++ leaves out repeated timesteps.
-        y: labels (N,); None: no class. guidance: 1 draws as trained, more is more typical of them, in twice the time.
+        y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
@@ -1091,15 +1091,16 @@ class TrainingRun:
 
     def begin(self):
         """Say what is trained on what. At the very start, show what the network is fed and keep an old checkpoint."""
-        config, classes, small, slow = self.config, self.model.model.num_classes, "", ""
+        config, classes, parameters = self.config, self.model.model.num_classes, count_parameters(self.model)
+        small = slow = ""
         if self.batch_size < config.batch_size:
             small = f" (there are fewer images than --batch-size {config.batch_size})"
-        if self.device.type == "cpu" and count_parameters(self.model) > 10e6:
+        if self.device.type == "cpu" and parameters > 10e6:
             slow = " (slow on a CPU: the README has a smaller one)"
         if not self.fresh:
             self.say(f"going on after step {self.step} from {self.state_path} (--restart begins again)")
         self.say(f"device    {self.device}, {'bfloat16' if has_bfloat16(self.device) else 'float32'}\n"
-                 f"network   {count_parameters(self.model) / 1e6:.1f} M parameters, {classes or 'no'} classes{slow}\n"
+                 f"network   {parameters / 1e6:.1f} M parameters, {classes or 'no'} classes{slow}\n"
                  f"data      {len(self.images):,} images of {config.data}, {config.image_size} pixels wide\n"
                  f"training  {config.epochs} epochs of {self.steps_per_epoch} steps, batch {self.batch_size}{small}\n"
                  f"files     {self.out}")

@@ -239,7 +239,7 @@ def main():
         model.save(Path(folder) / "untrained.pth")
         found = measure(workers, folder)
 
-    report(found, options, sum(parameter.numel() for parameter in model.parameters()))
+    report(found, options, dm.count_parameters(model))
 
 
 if __name__ == "__main__":

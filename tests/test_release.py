@@ -41,7 +41,8 @@ def test_the_readme_quotes_model_info():
     anchor = INFO["anchor"]  # a plain recipe, after the same time on the same machine
     assert all(anchor[name] == quality[name] for name in ("N", "seed", "sampler", "steps"))
     assert anchor["training_minutes"] == INFO["training_minutes"] and anchor["fd"] >= 4 * quality["fd"]
-    assert f"| 5,000 | {anchor['fd']} | {anchor['coverage']} | " in readme and f"{anchor['images_seen']:,} images" in readme
+    assert f"| 5,000 | {anchor['fd']} | {anchor['coverage']} | " in readme
+    assert f"{anchor['images_seen']:,} images" in readme
 
 
 PEAK = """
