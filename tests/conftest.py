@@ -21,6 +21,14 @@ def perturb(module, seed=0):
     return module
 
 
+def new_run(**options):
+    """The TrainingRun that train(TrainConfig(**options)) makes, at its very beginning."""
+    import diffusion_model as dm
+    config = dm.TrainConfig(**options)
+    data = dm.load_images(config.data, config.image_size, config.limit)
+    return dm.TrainingRun(config, *data, dm.Processes(config.device), dm.make_optimizers)
+
+
 def run(script, *args, cwd, timeout=240, **env):
     """Run `python SCRIPT ARGS` of this repository in the folder `cwd`: -> CompletedProcess with text output."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,

@@ -189,7 +189,7 @@ def damaged_checkpoints(data):
 
 # What may load, since it does no harm: these fields, and these values of others.
 HARMLESS = {"info", "class_names", "num_heads", "dropout", "beta_end", "n_steps", "without info",
-            "num_classes is none", "num_res_blocks is true"}
+            "num_classes is none", "num_heads is none", "attention_levels is none", "t_distribution"}
 
 
 def test_damaged_checkpoints(checkpoint, tiny_model, capsys):
@@ -267,12 +267,13 @@ def damaged_states(data):
         hold = dict(empty=[], nan=[float("nan")], text=["x"], tensor=[torch.zeros(2)], many=[0.5] * 9)
         for name, value in hold.items():
             yield f"{field} hold {name}", to_bytes({**good, field: value})
-    key, = (key for key in good if key.startswith("optim"))
-    yield f"{key} without moments", to_bytes({**good, key: {}})
-    for name, value in dict(nan=float("nan"), small=torch.zeros(1), text="x").items():
-        moments = copy.deepcopy(good)
-        next(iter(moments[key].get("state", moments[key]).values()))["exp_avg"] = value
-        yield f"{key} holds {name}", to_bytes(moments)
+    for which, name in ((0, "momentum_buffer"), (1, "exp_avg")):
+        for what, value in dict(nan=float("nan"), small=torch.zeros(7), text="x", a_list=[1.0]).items():
+            changed = copy.deepcopy(good)
+            changed["optimizers"][which][0][name] = value
+            yield f"optimizers hold {what} as {name}", to_bytes(changed)
+    for name, value in dict(none=[], one=good["optimizers"][:1], three=good["optimizers"] * 2).items():
+        yield f"optimizers are {name}", to_bytes({**good, "optimizers": value})
 
 
 def test_damaged_states(state, capsys):
@@ -350,7 +351,7 @@ def test_a_disk_that_is_full(checkpoint, tiny_model, capsys):
 @pytest.mark.parametrize("value", [1e6, float("nan")])
 def test_weights_that_half_precision_cannot_hold(tiny_model, checkpoint, value):
     """Are not written: the file could not be loaded again."""
-    torch.nn.init.constant_(tiny_model.model.stem.bias, value)
+    torch.nn.init.constant_(tiny_model.model.down[0][0].bias, value)
     with pytest.raises((ValueError, OSError, FloatingPointError)):
         tiny_model.save("good.pth")
     assert Path("good.pth").read_bytes() == checkpoint
@@ -372,7 +373,7 @@ def test_round_trip(options):
     again = SimpleDiffusion.load("b.pth", "cpu")
     a, b = (each.sample(2, steps=3, seed=1, progress=False) for each in (loaded, again))
     assert torch.equal(a, b)
-    assert (a - model.eval().sample(2, steps=3, seed=1, progress=False)).abs().max() < 0.05
+    assert (a - model.eval().sample(2, steps=3, seed=1, progress=False)).abs().max() < 0.1
     assert from_bytes(Path("a.pth").read_bytes())["info"] == dict(note="for humans", number=3)
 
 
@@ -457,15 +458,22 @@ def test_folders_are_classes():
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", "half"])
-def test_a_corrupt_picture_is_named(content, capsys):
-    """Also one that is cut off: which of thousands it is, is what one needs to know."""
-    Path("data").mkdir()
+def test_corrupt_pictures(content, capsys):
+    """Also one that is cut off: it is named and skipped, for one of thousands must not end a run. Where most are so,
+    something is wrong with all of them: an error."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for name in ("fine.jpg", "broken one.jpg"):
+    for name in ("a/fine.jpg", "b/broken one.jpg", "c/broken two.jpg"):
+        Path("data", name).parent.mkdir(parents=True)
         Image.fromarray(noise).save(Path("data", name))
-    whole = Path("data/broken one.jpg").read_bytes()
-    Path("data/broken one.jpg").write_bytes(whole[:len(whole) // 2] if content == "half" else content)
-    assert "broken one.jpg" in exit_of(diffusion_model.main, capsys, *RUN, "--data", "data")
+    whole = Path("data/b/broken one.jpg").read_bytes()
+    Path("data/b/broken one.jpg").write_bytes(whole[:len(whole) // 2] if content == "half" else content)
+    images, labels, class_names = load_images("data", 8)
+    line, = capsys.readouterr().err.splitlines()
+    assert "broken one.jpg" in line and "skipped" in line
+    assert len(images) == 2 and labels.tolist() == [0, 1] and class_names == ["a", "c"]
+    Path("data/c/broken two.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="2 of 3 pictures.*broken one.jpg"):
+        load_images("data", 8)
 
 
 def test_data_that_is_not_there(capsys, monkeypatch):

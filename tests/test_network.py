@@ -29,11 +29,13 @@ def spread(*outputs):
     return max((output - outputs[0]).abs().max().item() for output in outputs[1:]) / outputs[0].std().item()
 
 
-def test_parameters():
-    """16.8 M with the defaults: the size that DESIGN, README and the released weights speak of."""
+@pytest.mark.parametrize("options, millions", [
+    ({}, 4.9), (dict(channel_mults=(1, 2, 4), num_res_blocks=3, attention_levels=(1, 2)), 16.6)])
+def test_parameters(options, millions):
+    """The size that README and the released weights speak of, and that of the earlier project with 16.8 M."""
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in SimpleUNet().parameters())
-    assert 16.7e6 < count < 16.9e6
+        count = sum(parameter.numel() for parameter in SimpleUNet(**options).parameters())
+    assert round(count / 1e6, 1) == millions
 
 
 @pytest.mark.parametrize("size", [(1, 32, 32), (2, 16, 48), (3, 4, 8)])
@@ -53,7 +55,8 @@ def test_sizes_that_do_not_halve(levels, size):
 
 @pytest.mark.parametrize("options", [
     *(dict(hidden_channels=channels) for channels in (1, 5, 8, 24, 33, 48)), dict(time_dim=17), dict(time_dim=1),
-    dict(num_heads=3), dict(channel_mults=(2,), attention_levels=(0,)), dict(attention_levels=()), dict(in_channels=1),
+    dict(num_heads=None), dict(channel_mults=(2,), attention_levels=(0,)), dict(attention_levels=()),
+    dict(attention_levels=None), dict(in_channels=1), dict(num_res_blocks=(2,)), dict(num_res_blocks=(1, 3)),
 ])
 def test_any_width(options):
     """Groups and heads have to divide the channels, sine and cosine the time_dim: it runs whatever these are (M9)."""
@@ -68,6 +71,15 @@ def test_any_width(options):
 def test_impossible_sizes(options):
     """Said at once and in words, not by a shape error in the middle of the first batch."""
     with pytest.raises(ValueError):
+        network(**options)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(attention_levels=(2,)), "0..1"), (dict(attention_levels=(-1,)), "0..1"),
+    (dict(num_res_blocks=(1, 2, 3)), "2"), (dict(num_heads=3), "1, 2, 4, 8, 16")])
+def test_options_that_do_not_fit(options, words):
+    """Neither ignored nor changed in silence: the error has the numbers that would do (users.md, row 35)."""
+    with pytest.raises(ValueError, match=f"{list(options)[0]}.*{words}"):
         network(**options)
 
 

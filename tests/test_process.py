@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from conftest import TINY, perturb
 
+import diffusion_model
 from diffusion_model import DiffusionModel, SimpleUNet
 
 SAMPLERS, SCHEDULES = ("ddpm", "ddim", "dpm++"), ("linear", "cosine")
@@ -154,6 +155,42 @@ def test_drawn_timesteps_and_noise():
     assert len(counts) == 10 and (counts - 2000).abs().max() < 250 and abs(loss.item() - 1) < 0.03
 
 
+@pytest.mark.parametrize("t_distribution, schedule, n_steps", [
+    *(("lognormal", schedule, n_steps) for schedule in SCHEDULES for n_steps in (50, 100, 1000, 4000)),
+    ("uniform", "linear", 1000), ("uniform", "cosine", 50)])
+def test_timesteps_to_train_on(t_distribution, schedule, n_steps):
+    """lognormal: the quantiles of ln(sigma / alpha) over 10^5 draws are those of N(-0.4, 1.4^2) (Karras et al. 2022,
+    table 1, "noise distribution"; the numbers were measured here) but for the distance of neighbouring timesteps, as
+    far as the table reaches. uniform: those of t."""
+    process = DiffusionModel(None, n_steps, schedule=schedule, t_distribution=t_distribution)
+    t = torch.cat([process.draw_timesteps(64) for _ in range(1600)])
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < n_steps
+    shares = torch.tensor([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95], dtype=torch.float64)
+    if t_distribution == "uniform":
+        close((t + 0.5).double().quantile(shares), shares * n_steps, 0.51 + 0.002 * n_steps)
+        return
+    alphas, sigmas = truth(schedule, n_steps)
+    levels = (sigmas / alphas).log()[:-1]
+    wanted = -0.4 + 1.4 * torch.special.ndtri(shares)
+    nearest = levels[(levels[:, None] - wanted).abs().argmin(dim=0)]
+    gap = levels.diff().max() if n_steps < 1000 else 0.05
+    close(levels[t].quantile(shares), nearest, 0.02 + gap)
+    close(levels[t].quantile(shares[3:4]), wanted[3:4], 0.03 + 2 / n_steps**0.5)
+    assert abs(levels[t].mean() + 0.4) < 0.06 and abs(levels[t].std() - 1.4) < 0.1
+
+
+@pytest.mark.parametrize("t_distribution", ["uniform", "lognormal"])
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_timesteps_are_spread_over_the_batch(t_distribution, count):
+    """One from each of `count` equal shares of the distribution, in order; each call draws others."""
+    process = DiffusionModel(None, t_distribution=t_distribution)
+    shares = process.draw_timesteps(100_000).double().quantile(torch.linspace(0, 1, count + 1, dtype=torch.float64))
+    draws = [process.draw_timesteps(count) for _ in range(20)]
+    for t in draws:
+        assert ((shares[:-1] - 2 <= t) & (t <= shares[1:] + 2)).all()
+    assert len({tuple(t.tolist()) for t in draws}) > 10
+
+
 # ---- the samplers
 
 
@@ -293,10 +330,49 @@ def test_default_steps(sampler, n_steps, expected):
     assert len(timesteps(sampler, n_steps=n_steps)) == expected
 
 
+def test_step_is_the_posterior():
+    """With eta 1 the spread of a step to t - 1 is the posterior's: the table of eq. 7, and no noise at t = 0."""
+    process, t, zero = DiffusionModel(None), torch.arange(1000), torch.zeros(1000, 1, 1, 1)
+    spread = process.step(zero, zero, t, t - 1, eta=1.0, new_noise=torch.ones(1000, 1, 1, 1)).flatten()
+    torch.testing.assert_close(spread.square(), process.posterior_variance, rtol=1e-4, atol=1e-9)
+
+
+def heun(process, now, before, denoise):
+    """Karras et al. 2022, Algorithm 1: the noise to follow is the mean of that here and that after the step."""
+    if now.s < 0:
+        return now.x_0
+    alpha, sigma = process.alpha_sigma(now.t)
+    alpha_s, sigma_s = process.alpha_sigma(now.s)
+    x_s = process.step(now.x_t, now.x_0, now.t, now.s)
+    noise = ((now.x_t - alpha * now.x_0) / sigma + (x_s - alpha_s * denoise(x_s, now.s)) / sigma_s) / 2
+    return (now.x_t - sigma * noise) / alpha
+
+
+def test_a_sampler_of_ones_own(monkeypatch):
+    """An entry in the table is a sampler; this one calls the network twice a step. For data from N(0, 0.25^2) x_T is
+    known to end at 0.25 x_T. In twice as many steps Heun's error falls to a quarter, a first order's to a half."""
+    monkeypatch.setitem(diffusion_model.SAMPLERS, "heun", diffusion_model.Sampler(18, "lambda", 0.0, heun))
+    process = oracle(lambda x, alpha, sigma: alpha * x / 16 / (alpha**2 / 16 + sigma**2))
+    x_T = noise_of(0, (1, 3, 16, 16))[0]
+    errors = [(process.sample(x_T.shape, "heun", steps, x_T=x_T, progress=False) - 0.25 * x_T).abs().mean()
+              for steps in (20, 40, 80)]
+    assert errors[0] < 0.01 and errors[0] > 3.5 * errors[1] > 3.5 * 3.5 * errors[2]
+    process.model.calls.clear()
+    process.sample(x_T.shape, "heun", progress=False)
+    assert len(process.model.calls) == 2 * 18 - 1
+
+
+def test_a_schedule_that_leaves_signal():
+    """From pure noise such a process draws wrongly: it says so (users.md, row 31)."""
+    with pytest.warns(UserWarning, match="beta_end"):
+        DiffusionModel(Stub(wild), beta_end=0.002).sample((1, 1, 4, 4), steps=2, progress=False)
+
+
 # ---- the options of sample
 
 
 @pytest.mark.parametrize("options", [dict(schedule="sigmoid"), dict(prediction="x0"), dict(n_steps=0),
+                                     dict(t_distribution="cosine"),
                                      dict(beta_start=0.1, beta_end=0.01), dict(n_steps=50, beta_end=0.4)])
 def test_impossible_process(options):
     """A misspelt option must not silently be another one, and betas that leave nothing of the image divide by 0."""
@@ -310,7 +386,7 @@ def test_impossible_process(options):
     dict(init_image=IMAGES[:2], strength=1.1), dict(init_image=IMAGES[:2], strength=-0.1), dict(init_image=IMAGES),
     dict(init_image=IMAGES[:2], steps=1, strength=0.5),
     dict(init_image=IMAGES[:1], mask=torch.ones(8, 1, 4, 4), shape=(1, 3, 4, 4)),
-    dict(init_image=IMAGES[:2], mask=torch.full((4, 4), 255))])
+    dict(init_image=IMAGES[:2], mask=torch.full((4, 4), 255)), dict(init_image=127.5 * IMAGES[:2])])
 def test_impossible_options(options):
     """Said in words before the first step, not by an index error far below or by a picture of something else."""
     process = DiffusionModel(SimpleUNet(**TINY, num_classes=3), n_steps=10)

@@ -134,10 +134,10 @@ def test_import_needs_torch_alone_and_does_nothing(tmp_path):
     assert used.returncode == 0 and used.stdout == "" and not list(tmp_path.iterdir()), used.stderr
 
 
-def test_parts_1_to_3_in_a_project_of_ones_own(tmp_path):
+def test_parts_0_to_3_in_a_project_of_ones_own(tmp_path):
     """Copied out of the file into an empty folder, they train, save, load and draw with torch alone."""
     parts = (ROOT / "diffusion_model.py").read_text().split("\n# 4. ")[0]
-    before, rest = parts.split("\n# What follows is needed in part 4 only.\n")
+    before, rest = parts.split("\n# What follows is needed in parts 4 and 5 only.\n")
     (tmp_path / "mine.py").write_text(before + rest[rest.index("# ---"):])
     (tmp_path / "use.py").write_text(OF_ONES_OWN)
     used = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
