@@ -221,17 +221,18 @@ class SimpleUNet(nn.Module):
                  num_classes=None):             # None: the network knows no classes
         super().__init__()
         levels = len(channel_mults)
-        blocks = [num_res_blocks] if isinstance(num_res_blocks, int) else list(num_res_blocks)
-        blocks = blocks * levels if len(blocks) == 1 else blocks
+        num_res_blocks = [num_res_blocks] if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        if len(num_res_blocks) == 1:
+            num_res_blocks = num_res_blocks * levels
         attention_levels = [levels - 1] if attention_levels is None else list(attention_levels)
         self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, channel_mults=list(channel_mults),
-                           num_res_blocks=blocks, attention_levels=attention_levels, num_heads=num_heads,
+                           num_res_blocks=num_res_blocks, attention_levels=attention_levels, num_heads=num_heads,
                            time_dim=time_dim, dropout=dropout, num_classes=num_classes)
-        sizes = [in_channels, hidden_channels, time_dim, num_heads, num_classes, *blocks, *channel_mults]
+        sizes = [in_channels, hidden_channels, time_dim, num_heads, num_classes, *num_res_blocks, *channel_mults]
         if not levels or min(size for size in sizes if size is not None) < 1:
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
-        if len(blocks) != levels:
-            raise ValueError(f"num_res_blocks must be one number or {levels}, one a level, got {blocks}")
+        if len(num_res_blocks) != levels:
+            raise ValueError(f"num_res_blocks must be one number or {levels}, one a level, got {num_res_blocks}")
         if not set(attention_levels) <= set(range(levels)):
             raise ValueError(f"attention_levels must be in 0..{levels - 1}, got {attention_levels}")
         if not 0 <= dropout < 1:
@@ -241,6 +242,7 @@ class SimpleUNet(nn.Module):
         self.size_multiple = 2 ** (levels - 1)
 
         widths = [hidden_channels * mult for mult in channel_mults]
+        ways = list(zip(widths, widths[1:]))                                # from a level to the one below it
 
         def block(level, attention=True):
             heads = num_heads or max(divisors(widths[level], 4))
@@ -249,25 +251,25 @@ class SimpleUNet(nn.Module):
 
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)  # + 1: null
-        # Down: each level is an entry and its blocks. The entry of level 0 reads the image, the others halve its size.
-        stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        pairs = list(zip(widths, widths[1:]))
-        entries = [stem] + [nn.Conv2d(above, below, 3, stride=2, padding=1) for above, below in pairs]
+        # Down: the entry of level 0 reads the image, that of every other level halves its size.
+        entries = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
+        entries += [nn.Conv2d(above, below, 3, stride=2, padding=1) for above, below in ways]
         self.down = nn.ModuleList()
-        for level, entry in enumerate(entries):
-            self.down.append(nn.ModuleList([entry, nn.ModuleList([block(level) for _ in range(blocks[level])])]))
-        # Bottleneck: between its two blocks, attention if the last level has it.
+        for level in range(levels):
+            blocks = nn.ModuleList([block(level) for _ in range(num_res_blocks[level])])
+            self.down.append(nn.ModuleDict(dict(entry=entries[level], blocks=blocks)))
+        # Bottleneck: a block, attention if the last level has it, a block.
         self.middle = nn.ModuleList([block(levels - 1), block(levels - 1, attention=False)])
-        # Up: each level is its blocks and an exit. A block comes with a convolution that merges a result of the way
-        # down into its input. The exit of level 0 writes the prediction, the others double the size.
-        last = zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))
-        exits = [nn.Sequential(group_norm(widths[0]), nn.SiLU(), last)]
-        exits += [nn.Sequential(nn.Conv2d(below, above, 1), nn.Upsample(scale_factor=2)) for above, below in pairs]
+        # Up: before each block, one of the results of the way down is merged in. The exit of level 0 writes the
+        # prediction, that of every other level doubles the size.
+        exits = [nn.Sequential(group_norm(widths[0]), nn.SiLU(),
+                               zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1)))]
+        exits += [nn.Sequential(nn.Conv2d(below, above, 1), nn.Upsample(scale_factor=2)) for above, below in ways]
         self.up = nn.ModuleList()
         for level in reversed(range(levels)):
-            merged = [nn.ModuleList([nn.Conv2d(2 * widths[level], widths[level], 1), block(level)])
-                      for _ in range(blocks[level])]
-            self.up.append(nn.ModuleList([nn.ModuleList(merged), exits[level]]))
+            blocks = nn.ModuleList([block(level) for _ in range(num_res_blocks[level])])
+            merges = nn.ModuleList([nn.Conv2d(2 * widths[level], widths[level], 1) for _ in blocks])
+            self.up.append(nn.ModuleDict(dict(merges=merges, blocks=blocks, exit=exits[level])))
 
     def forward(self, x, t, y=None):
         if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
@@ -281,18 +283,18 @@ class SimpleUNet(nn.Module):
 
         # The shapes in these comments are those of the defaults and 32x32 images.
         skips = []
-        for entry, blocks in self.down:
-            x = entry(x)                            # (B, 64, 32, 32), then (B, 128, 16, 16), then (B, 256, 8, 8)
-            for block in blocks:
+        for level in self.down:
+            x = level["entry"](x)                                           # (B, 64, 32, 32)
+            for block in level["blocks"]:                                   # then (B, 128, 16, 16), (B, 128, 8, 8)
                 x = block(x, emb)
                 skips.append(x)
         for block in self.middle:
-            x = block(x, emb)                                               # (B, 256, 8, 8)
-        for blocks, exit in self.up:
-            for merge, block in blocks:
-                x = block(merge(torch.cat([x, skips.pop()], dim=1)), emb)   # the newest of the skips first
-            x = exit(x)                             # (B, 128, 16, 16), then (B, 64, 32, 32), at last (B, 3, 32, 32)
-        return x
+            x = block(x, emb)                                               # (B, 128, 8, 8)
+        for level in self.up:                                               # the newest of the skips first
+            for merge, block in zip(level["merges"], level["blocks"]):
+                x = block(merge(torch.cat([x, skips.pop()], dim=1)), emb)
+            x = level["exit"](x)                                            # (B, 128, 16, 16), (B, 64, 32, 32)
+        return x                                                            # (B, 3, 32, 32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -860,7 +862,7 @@ def make_optimizers(network, lr):
 
     What touches pixels or labels (stem, head, class embedding), norms and biases are no such maps.
     """
-    stem, head = network.down[0][0], network.up[-1][-1][-1]
+    stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
     rest = [parameter for parameter in network.parameters() if all(parameter is not weight for weight in maps)]

@@ -262,7 +262,7 @@ def test_diffusers_draws_the_same(monkeypatch, sampler, steps, prediction, sched
     monkeypatch.setattr(dm, "autocast", lambda device: contextlib.nullcontext())  # bfloat16 would blur both
     torch.manual_seed(0)
     network = SimpleUNet(**TINY).eval()
-    nn.init.normal_(network.up[-1][-1][-1].weight, std=0.1)  # predictions of about the size of true ones
+    nn.init.normal_(network.up[-1]["exit"][-1].weight, std=0.1)  # predictions of about the size of true ones
     if prediction == "noise":  # x_t is mostly that; without it x_0 is beyond -1 or 1 nearly everywhere
         network.register_forward_hook(lambda module, inputs, output: 0.5 * output + inputs[0])
     ours = DiffusionModel(network, schedule=schedule, prediction=prediction)

@@ -351,7 +351,7 @@ def test_a_disk_that_is_full(checkpoint, tiny_model, capsys):
 @pytest.mark.parametrize("value", [1e6, float("nan")])
 def test_weights_that_half_precision_cannot_hold(tiny_model, checkpoint, value):
     """Are not written: the file could not be loaded again."""
-    torch.nn.init.constant_(tiny_model.model.down[0][0].bias, value)
+    torch.nn.init.constant_(tiny_model.model.down[0]["entry"].bias, value)
     with pytest.raises((ValueError, OSError, FloatingPointError)):
         tiny_model.save("good.pth")
     assert Path("good.pth").read_bytes() == checkpoint

@@ -254,7 +254,7 @@ def test_a_step(here, monkeypatch):
     """The optimisers get the gradient of the loss, clipped to a norm of 1; the average is taken after their step."""
     run = new_run(**CONFIG)
     with torch.no_grad():
-        run.model.model.up[-1][-1][-1].weight.normal_(std=30)               # a loss with a large gradient
+        run.model.model.up[-1]["exit"][-1].weight.normal_(std=30)               # a loss with a large gradient
     seen, order = {}, []
     network, loss = copy.deepcopy(run.model), run.loss_function
 
@@ -289,7 +289,8 @@ def test_who_trains_what(here):
     assert {id(parameter) for parameter in theirs} == {id(parameter) for parameter in run.model.parameters()}
     assert len(theirs) == len(list(run.model.parameters()))
     network = run.model.model
-    touching_pixels = [network.down[0][0].weight, network.up[-1][-1][-1].weight, network.class_embedding.weight]
+    touching_pixels = [network.down[0]["entry"].weight, network.up[-1]["exit"][-1].weight,
+                       network.class_embedding.weight]
     kernels = {id(kernel) for kernel in muon.kernels}
     assert not any(id(weight) in kernels for weight in touching_pixels)
     assert all((id(parameter) in kernels) == (parameter.ndim > 1) for parameter in network.parameters()
@@ -333,7 +334,7 @@ def test_a_seed_is_a_run(whole, here):
     assert same(state(), state(whole)) and same(model.model.state_dict(), state()["ema"])
     assert not any(part.training for part in model.modules())
     train("--out", "other", "--seed", 1)
-    assert not torch.equal(state("other")["model"]["down.0.0.weight"], state()["model"]["down.0.0.weight"])
+    assert not torch.equal(state("other")["model"]["down.0.entry.weight"], state()["model"]["down.0.entry.weight"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, whole, monkeypatch, capsys):
@@ -392,7 +393,7 @@ def test_the_average_is_a_network_of_its_own(here):
         assert weight.data_ptr() != live[name].data_ptr() and not weight.requires_grad
         assert weight.dtype == live[name].dtype == torch.float32
         assert (weight - live[name]).abs().max() < 1e-3
-    assert not torch.equal(live["diffusion.model.down.0.0.weight"], average["diffusion.model.down.0.0.weight"])
+    assert not torch.equal(live["diffusion.model.down.0.entry.weight"], average["diffusion.model.down.0.entry.weight"])
 
 
 def test_training_batch():
