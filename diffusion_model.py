@@ -790,21 +790,23 @@ class TrainConfig:
     restart: bool = option(False, "begin again, even where a stopped run could go on")
 
     def __post_init__(self):
-        convert = {int: operator.index, float: float, str: str, bool: lambda value: bool(operator.index(value)),
-                   tuple: lambda value: tuple(map(operator.index, value if hasattr(value, "__iter__") else [value]))}
         for entry in fields(self):
-            value, flag = getattr(self, entry.name), flag_of(entry.name)
+            value, least, below = getattr(self, entry.name), entry.metadata["least"], entry.metadata["below"]
             if value is None:
                 continue
-            try:  # from Python come also a Path, a list, numbers of numpy's, which no file of ours can hold
-                value = convert[entry.type](value)
+            try:  # to plain types, all that a file can hold: from Python come also a Path, a list, numbers of numpy's
+                if entry.type in (str, float):
+                    value = entry.type(value)
+                elif entry.type is tuple:
+                    value = tuple(map(operator.index, [value] if isinstance(value, int) else value))
+                else:
+                    value = entry.type(operator.index(value))
             except (TypeError, ValueError):
-                raise ValueError(f"{flag} cannot be {value!r}") from None
+                raise ValueError(f"{flag_of(entry.name)} cannot be {value!r}") from None
             setattr(self, entry.name, value)
-            least, below = entry.metadata["least"], entry.metadata["below"]
             for number in value if entry.type is tuple else [value]:
                 if entry.type is not str and not least <= number < below:
-                    raise ValueError(f"{flag} must be at least {least}, and below {below}, got {number}")
+                    raise ValueError(f"{flag_of(entry.name)} must be at least {least} and below {below}, got {number}")
 
 
 # When a stopped run goes on, any other option must be as it was, or it would be another run.
@@ -887,11 +889,15 @@ class TrainingRun:
     def __init__(self, config, images, labels, class_names, processes, make_optimizers):
         self.config = config
         self.processes = processes
+        self.out = Path(config.out).resolve()
         device = processes.device
         # All of the data as uint8 on the device: a batch is an index away, and no worker process is needed.
         self.images = images.to(device)
         self.labels = None if labels is None else labels.to(device)
-        self.batch_size = processes.shared_batch(config.batch_size, len(images))
+        self.batch_size = min(config.batch_size, len(images)) // processes.count * processes.count
+        if self.batch_size == 0 or config.batch_size % processes.count:
+            raise ValueError(f"--batch-size {config.batch_size}: {len(images)} images cannot be shared evenly by "
+                             f"{processes.count} processes")
         self.steps_per_epoch = len(images) // self.batch_size  # images that do not fill a batch wait for another epoch
         self.total_steps = config.epochs * self.steps_per_epoch
 
@@ -902,7 +908,7 @@ class TrainingRun:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model.model, config.lr)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.loss_function = processes.averaging(self.model)
+        self.loss_function = processes.wrap(self.model)
         if config.compile:
             torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is, with a warning
             self.loss_function = torch.compile(self.loss_function)
@@ -1003,7 +1009,9 @@ def train(config, make_optimizers=make_optimizers):
     run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
     if state is not None:
         restore(run, state)
-    processes.check_all_begin_at(run.step)
+    if processes.largest(run.step) != -processes.largest(-run.step):
+        raise ValueError("not every process finds the same training_state.pth: --out must be a folder that all "
+                         "machines share")
     if run.step == run.total_steps:
         processes.say(f"finished already, after {config.epochs} epochs: more --epochs go on, --restart begins again")
         return run.ema
@@ -1033,8 +1041,9 @@ def train(config, make_optimizers=make_optimizers):
             if stop:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
                 sys.exit(128 + stop)                                        # 130 or 143, as shells have it
-    processes.leave()
-    checkpoint = run_file(config, "diffusion_model.pth")
+    if processes.count > 1:
+        torch.distributed.destroy_process_group()
+    checkpoint = run.out / "diffusion_model.pth"
     processes.say(f"wrote {checkpoint}; draw from it: python inference_example.py --checkpoint {checkpoint}")
     return run.ema
 
@@ -1155,13 +1164,13 @@ def load_images(data, image_size=32, limit=None):
             raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
-    root = Path("data" if data == "cifar10" else data)
+    root = Path("data" if data == "cifar10" else data).resolve()
     try:
         cifar = CIFAR10(root, train=True, download=(data == "cifar10"))     # checks the checksums of what is there
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): unpack cifar-10-python.tar.gz of "
-                         f"https://www.cs.toronto.edu/~kriz/cifar.html in {root.resolve()}, or train without a "
-                         f"download: --data shapes, or --data FOLDER of your images") from None
+        raise ValueError(f"CIFAR-10 could not be loaded ({brief(error)}): fetch it with curl, which goes on where it "
+                         f"broke off: curl -C - --create-dirs -o {root / CIFAR10.filename} {CIFAR10.url}; "
+                         f"or train without it: --data shapes, or --data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
     if image_size != 32:
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
@@ -1213,56 +1222,36 @@ class Processes:
         self.device = pick_device(device)
         if self.count == 1:
             return
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
+        on_gpu = self.device.type == "cuda"
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
         if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
-            # A day: the others wait for the first at a barrier, for as long as its download takes.
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                                                 timeout=datetime.timedelta(days=1))
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                                 timeout=datetime.timedelta(days=1))  # as long as a download may take
 
     def say(self, line):
         if self.rank == 0:
             print(line, flush=True)
 
-    @contextlib.contextmanager
-    def first_goes_ahead(self):
-        """The first process runs the block before the others do."""
-        if self.rank > 0:
-            torch.distributed.barrier()
-        yield
-        if self.rank == 0 and self.count > 1:
-            torch.distributed.barrier()
-
     def largest(self, number):
-        """The largest of the numbers (int) of all processes."""
+        """The largest of the numbers (int) of all processes, once all have come here."""
         if self.count == 1:
             return number
         number = torch.tensor(number, device="cpu")
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
         return number.item()
 
-    def check_all_begin_at(self, step):
-        """Refuse to start where some machines have found the state of a stopped run and others have not."""
-        if self.largest(step) != -self.largest(-step):
-            raise ValueError("not every process finds the same training_state.pth: --out must be a folder that all "
-                             "machines share")
+    @contextlib.contextmanager
+    def first_goes_ahead(self):
+        """The first process runs the block before the others do."""
+        if self.rank > 0:
+            self.largest(0)
+        yield
+        if self.rank == 0:
+            self.largest(0)
 
-    def shared_batch(self, wanted, count):
-        """How many of `wanted` images a step takes: as many in each process, of `count` images in all."""
-        if wanted % self.count or count < self.count:
-            raise ValueError(f"--batch-size {wanted}: {count} images are not shared evenly by {self.count} processes")
-        return min(wanted, count) // self.count * self.count
-
-    def averaging(self, model):
+    def wrap(self, model):
         """`model`, whose gradients backward() averages over the processes."""
         return model if self.count == 1 else nn.parallel.DistributedDataParallel(model)
-
-    def leave(self):
-        if self.count > 1:
-            torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -1285,20 +1274,16 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def run_file(config, name):
-    return Path(config.out).resolve() / name
-
-
 def save_state(run):
     run.fetch_losses()  # raises an error if one is not finite: then the last good state stays
     if run.processes.rank == 0:
-        with replacing(run_file(run.config, "training_state.pth")) as temporary:
+        with replacing(run.out / "training_state.pth") as temporary:
             torch.save(run.state(), temporary)
 
 
 def read_state(config):
     """The state of a stopped run in config.out, checked to be one of these options; None where there is none."""
-    path = run_file(config, "training_state.pth")
+    path = Path(config.out).resolve() / "training_state.pth"
     if config.restart or not path.exists():
         return None
     with reading(path, "--restart begins again"):
@@ -1319,31 +1304,31 @@ def begin(run, state):
     few = run.batch_size < config.batch_size
     few = f" (there are fewer images than --batch-size {config.batch_size})" if few else ""
     if state is not None:
-        say(f"going on after step {run.step} from {run_file(config, 'training_state.pth')} (--restart begins again)")
+        say(f"going on after step {run.step} from {run.out / 'training_state.pth'} (--restart begins again)")
     say(f"device    {device}, {'bfloat16' if has_bfloat16(device) else 'float32'}\n"
         f"network   {count_parameters(network) / 1e6:.1f} M parameters, {network.num_classes or 'no'} classes\n"
         f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide\n"
         f"training  {config.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}\n"
-        f"files     {run_file(config, '')}")
+        f"files     {run.out}")
     if state is not None or run.processes.rank > 0:
         return
     for name in ("diffusion_model.pth", "model_info.json"):
-        old = run_file(config, name)
+        old = run.out / name
         if old.exists():
             with replacing(f"{old}.bak") as temporary:
                 temporary.write_bytes(old.read_bytes())
     x, _ = run.batch(torch.arange(min(64, len(run.images))))
-    save_grid((x + 1) / 2, run_file(config, "samples/data.png"), columns=8)
-    plot_noising(x[0].cpu(), config, run_file(config, "samples/noising.png"))
+    save_grid((x + 1) / 2, run.out / "samples" / "data.png", columns=8)
+    plot_noising(x[0].cpu(), config, run.out / "samples" / "noising.png")
     save_state(run)  # before the first step, so that a full disk is noticed at once
 
 
 def restore(run, state):
     """Have the run go on from a state; its tensors and numbers may still be anything."""
     if state.get("images") != len(run.images):
-        raise ValueError(f"the run in {run_file(run.config, '')} was begun with {state.get('images')} images, now "
+        raise ValueError(f"the run in {run.out} was begun with {state.get('images')} images, now "
                          f"there are {len(run.images)}: give the same --data, another --out, or --restart")
-    with reading(run_file(run.config, "training_state.pth"), "--restart begins again"):
+    with reading(run.out / "training_state.pth", "--restart begins again"):
         run.restore(state)
 
 
@@ -1356,7 +1341,7 @@ def tensorboard_writer(run):
     except ImportError:
         raise ValueError("--tensorboard needs one more package: pip install tensorboard") from None
     # purge_step: a run that was killed may have written a later epoch, which now comes again.
-    return SummaryWriter(run_file(run.config, "tensorboard"), purge_step=run.step - run.step % run.steps_per_epoch + 1)
+    return SummaryWriter(run.out / "tensorboard", purge_step=run.step - run.step % run.steps_per_epoch + 1)
 
 
 def end_epoch(run, bar, writer):
@@ -1377,34 +1362,30 @@ def end_epoch(run, bar, writer):
     if epoch % config.sample_every == 0 or epoch == config.epochs:
         export(run)
         # Drawn from the file, so that the grid shows what inference_example.py draws with --guidance 1.
-        model = SimpleDiffusion.load(run_file(config, "diffusion_model.pth"), run.processes.device)
+        model = SimpleDiffusion.load(run.out / "diffusion_model.pth", run.processes.device)
         classes = model.model.num_classes
         labels = None if classes is None else [i % classes for i in range(4)]
         images = model.sample(4, y=labels, seed=config.seed, progress=False)
-        save_grid(images, run_file(config, f"samples/epoch_{epoch:04d}.png"), columns=2)
-        plot_losses(run.epoch_losses, run_file(config, "samples/loss.png"))
+        save_grid(images, run.out / "samples" / f"epoch_{epoch:04d}.png", columns=2)
+        plot_losses(run.epoch_losses, run.out / "samples" / "loss.png")
 
 
 def export(run):
     """Write diffusion_model.pth, and what it is into model_info.json."""
-    config, network = run.config, run.model.model.config
+    config, ours = run.config, is_cifar10(run.config.data) or run.config.data == "shapes"
     info = dict(
-        architecture=f"SimpleUNet, {config.hidden_channels} channels x {config.channel_mults}, "
-                     f"{network['num_res_blocks']} blocks a level, attention at levels {network['attention_levels']}",
-        parameters=count_parameters(run.model),
-        dataset="CIFAR-10" if is_cifar10(config.data) else config.data,
-        images_seen=run.step * run.batch_size, epochs=len(run.epoch_losses), batch_size=run.batch_size,
-        optimizer=", ".join(type(optimizer).__name__ for optimizer in run.optimizers) + ", cosine decay",
-        learning_rate=config.lr, prediction=config.prediction, schedule=config.schedule,
-        t_distribution=config.t_distribution, n_steps=config.n_steps, final_loss=round(run.epoch_losses[-1], 5),
+        architecture=f"SimpleUNet {run.model.model.config}", parameters=count_parameters(run.model),
+        dataset="CIFAR-10" if is_cifar10(config.data) else config.data, images_seen=run.step * run.batch_size,
+        epochs=len(run.epoch_losses), batch_size=run.batch_size, learning_rate=config.lr,
+        optimizer=" and ".join(type(optimizer).__name__ for optimizer in run.optimizers) + ", cosine decay",
+        **run.model.diffusion.config, final_loss=round(run.epoch_losses[-1], 5),
         training_minutes=round(run.seconds / 60, 1), device=str(run.processes.device), torch=str(torch.__version__),
-        date=time.strftime("%Y-%m-%d"),
-        license="MIT" if is_cifar10(config.data) or config.data == "shapes" else "not stated")
-    checkpoint = run_file(config, "diffusion_model.pth")
+        date=time.strftime("%Y-%m-%d"), license="MIT" if ours else "not stated")
+    checkpoint = run.out / "diffusion_model.pth"
     run.ema.save(checkpoint, **info)
     # Only model_info.json has the checksum: a file cannot hold its own.
     info["sha256"] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    with replacing(run_file(config, "model_info.json")) as temporary:
+    with replacing(run.out / "model_info.json") as temporary:
         temporary.write_text(json.dumps(info, indent=2) + "\n")
 
 
@@ -1438,15 +1419,16 @@ def ends_in_one_line():
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for entry in fields(TrainConfig):
-        flag, meaning, default = flag_of(entry.name), entry.metadata["meaning"], entry.default
+        default, meaning = entry.default, entry.metadata["meaning"]
         if entry.type is bool:
-            parser.add_argument(flag, action="store_true", help=meaning)
+            options = dict(action="store_true")
         elif entry.type is tuple:
-            shown = "" if default is None else f" ({' '.join(map(str, default))})"
-            parser.add_argument(flag, type=int, nargs="*", default=default, metavar="", help=meaning + shown)
+            options = dict(type=int, nargs="*", default=default, metavar="")
+            meaning += f" ({' '.join(map(str, default))})" if default else ""
         else:
-            shown = "" if default is None else f" ({default})"
-            parser.add_argument(flag, type=entry.type, default=default, metavar="", help=meaning + shown)
+            options = dict(type=entry.type, default=default, metavar="")
+            meaning += "" if default is None else f" ({default})"
+        parser.add_argument(flag_of(entry.name), help=meaning, **options)
     train(TrainConfig(**vars(parser.parse_args(argv))))
 
 
