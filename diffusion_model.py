@@ -240,8 +240,12 @@ class SimpleUNet(nn.Module):
         self.time_dim = time_dim
         self.num_classes = num_classes
         self.size_multiple = 2 ** (levels - 1)
+        self._build(**self.config)
 
+    def _build(self, in_channels, hidden_channels, channel_mults, num_res_blocks, attention_levels, num_heads,
+               time_dim, dropout, num_classes):
         widths = [hidden_channels * mult for mult in channel_mults]
+        levels = len(widths)
         ways = list(zip(widths, widths[1:]))                                # from a level to the one below it
 
         def block(level, attention=True):
@@ -868,9 +872,9 @@ def make_optimizers(network, lr):
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
     rest = [parameter for parameter in network.parameters() if all(parameter is not weight for weight in maps)]
-    # match_rms_adamw scales Muon's updates to the size of AdamW's, so that one learning rate serves both.
+    # match_rms_adamw: updates as large as AdamW's would be, so that the two rates are of one size.
     return [KernelMuon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+            torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
 
 def options_of(config):
