@@ -311,8 +311,8 @@ class SimpleUNet(nn.Module):
 
 
 # Which noise levels to train on where t_distribution is "lognormal": mean and standard deviation of ln(sigma / alpha).
-LOG_NOISE_MEAN = -0.4
-LOG_NOISE_STD = 1.4
+LOG_NOISE_MEAN = -0.8
+LOG_NOISE_STD = 1.2
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
