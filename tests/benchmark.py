@@ -71,13 +71,14 @@ def random_data(options):
 def train_ours(options):
     """As train() does it: its settings, its TrainingRun."""
     images, labels = random_data(options)
-    dm.load_images = lambda *_: (images, labels, [str(i) for i in range(CLASSES)])
     dm.keep_freed_memory()
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = True
-    return dm.TrainingRun(dm.TrainConfig(
+    config = dm.TrainConfig(
         data="shapes", out=options.folder, image_size=IMAGE_SIZE, hidden_channels=options.hidden_channels,
-        batch_size=options.batch_size, epochs=100_000, compile=options.worker == "train_compiled")).train_step
+        batch_size=options.batch_size, epochs=100_000, compile=options.worker == "train_compiled")
+    names = [str(i) for i in range(CLASSES)]
+    return dm.TrainingRun(config, images, labels, names, dm.Processes(), dm.make_optimizers).train_step
 
 
 class Normalised(torch.utils.data.TensorDataset):
