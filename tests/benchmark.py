@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion_model as dm  # noqa: E402
+import support  # noqa: E402
 
 IMAGE_SIZE, CLASSES, ROUNDS = 32, 10, 2
 
@@ -71,14 +72,12 @@ def random_data(options):
 def train_ours(options):
     """As train() does it: its settings, its TrainingRun."""
     images, labels = random_data(options)
-    dm.keep_freed_memory()
-    torch.set_flush_denormal(True)
-    torch.backends.cudnn.benchmark = True
+    support.tune_torch()
     config = dm.TrainConfig(
         data="shapes", out=options.folder, image_size=IMAGE_SIZE, hidden_channels=options.hidden_channels,
         batch_size=options.batch_size, epochs=100_000, compile=options.worker == "train_compiled")
     names = [str(i) for i in range(CLASSES)]
-    return dm.TrainingRun(config, images, labels, names, dm.Processes(), dm.make_optimizers).train_step
+    return dm.TrainingRun(config, images, labels, names, support.Processes(dm.pick_device())).train_step
 
 
 class Normalised(torch.utils.data.TensorDataset):
@@ -92,6 +91,11 @@ def batches(options):
     loader = torch.utils.data.DataLoader(Normalised(*random_data(options)), options.batch_size, shuffle=True)
     while True:
         yield from loader
+
+
+def train_float32(options):
+    dm.has_bfloat16 = lambda device: False
+    return train_ours(options)
 
 
 def train_plain(options):
@@ -117,10 +121,10 @@ def train_diffusers(options):
     from diffusers.training_utils import EMAModel
     device, data, width = dm.pick_device(), batches(options), options.hidden_channels
     model = UNet2DModel(
-        IMAGE_SIZE, layers_per_block=2, block_out_channels=(width, 2 * width, 4 * width),
+        IMAGE_SIZE, layers_per_block=2, block_out_channels=(width, 2 * width, 2 * width),
         norm_num_groups=math.gcd(32, width),  # 32, its default, but in the smallest networks
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")).to(device)
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")).to(device)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
     ema.to(device)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
@@ -160,7 +164,7 @@ def sample_plain(options):
 
 # -- The processes, and the table -------------------------------------------------------------------------------------
 
-WORKERS = dict(train_ours=train_ours, train_compiled=train_ours, train_plain=train_plain,
+WORKERS = dict(train_ours=train_ours, train_float32=train_float32, train_compiled=train_ours, train_plain=train_plain,
                train_diffusers=train_diffusers, sample_ours=sample_ours, sample_plain=sample_plain)
 
 
@@ -203,7 +207,8 @@ def report(found, options, parameters):
     line = "{:36} {:>10.4g} {:>9} {:>6.0f}   {}".format
     print(f"{'training':36} {'images/s':>10} {'steps/s':>9} {'timed':>6}   this project is")
     for name, label in (("train_plain", "plain loop, float32"), ("train_diffusers", "diffusers, its example's loop"),
-                        ("train_ours", "this project"), ("train_compiled", "this project, --compile")):
+                        ("train_float32", "this project in float32"), ("train_ours", "this project"),
+                        ("train_compiled", "this project, --compile")):
         if name in found:
             rate, ratio = found[name]["rate"], ours["rate"] / found[name]["rate"]
             print(line(label, rate * options.batch_size, f"{rate:.3f}", found[name]["count"],
@@ -233,14 +238,14 @@ def main():
         print("diffusers is not installed: going on without", file=sys.stderr)
         options.peers = False
 
-    workers = ["train_plain"] + ["train_diffusers"] * options.peers + ["train_ours"]
+    workers = ["train_plain"] + ["train_diffusers"] * options.peers + ["train_float32", "train_ours"]
     workers += ["train_compiled"] * options.compile + ["sample_plain", "sample_ours"]
     with tempfile.TemporaryDirectory() as folder:
         model = dm.SimpleDiffusion(IMAGE_SIZE, hidden_channels=options.hidden_channels)
         model.save(Path(folder) / "untrained.pth")
         found = measure(workers, folder)
 
-    report(found, options, dm.count_parameters(model))
+    report(found, options, support.count_parameters(model))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,12 @@ sys.path.insert(0, str(ROOT))
 TINY = dict(hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, time_dim=16)
 
 
+def pytest_configure(config):
+    """What a package calls deprecated today will be gone in its next version."""
+    for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{kind}")
+
+
 def perturb(module, seed=0):
     """Add 0.02 * randn to every parameter: layers that start at zero would hide what lies before them."""
     generator = torch.Generator().manual_seed(seed)
@@ -24,9 +30,10 @@ def perturb(module, seed=0):
 def new_run(**options):
     """The TrainingRun that train(TrainConfig(**options)) makes, at its very beginning."""
     import diffusion_model as dm
+    import support
     config = dm.TrainConfig(**options)
     data = dm.load_images(config.data, config.image_size, config.limit)
-    return dm.TrainingRun(config, *data, dm.Processes(config.device), dm.make_optimizers)
+    return dm.TrainingRun(config, *data, support.Processes(dm.pick_device(config.device)))
 
 
 def run(script, *args, cwd, timeout=240, **env):

@@ -143,7 +143,7 @@ def test_c_the_ddpm_configuration_learns_and_draws_sixteen_images():
     model = SimpleDiffusion(8, n_steps=1000, hidden_channels=16, schedule="linear", prediction="noise",
                             beta_start=1e-4, beta_end=0.02, **options)
     assert model.diffusion.betas[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
-    first, last = fit(model, (shapes(8, 16),), 25, torch.optim.Adam(model.parameters(), lr=2e-4))
+    first, last = fit(model, (shapes(8, 16),), 50, torch.optim.Adam(model.parameters(), lr=2e-4))
     assert last < 0.98 * first
     assert_images(model.to("cpu").sample(16, steps=3, progress=False), (16, 3, 8, 8))
 

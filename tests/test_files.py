@@ -20,6 +20,7 @@ from PIL import Image
 from conftest import ROOT, TINY, assert_error, perturb, run
 
 import diffusion_model
+import support
 import inference_example
 from diffusion_model import DiffusionModel, SimpleDiffusion, SimpleUNet, load_images
 
@@ -33,7 +34,7 @@ def here(monkeypatch, tmp_path):
     """An empty working folder. The two plots take longer than a run, so they are left out."""
     monkeypatch.chdir(tmp_path)
     for plot in ("plot_noising", "plot_losses"):
-        monkeypatch.setattr(diffusion_model, plot, lambda *_: None)
+        monkeypatch.setattr(support, plot, lambda *_: None)
 
 
 @pytest.fixture
@@ -514,6 +515,6 @@ def test_shapes():
     assert len(class_names) == 10 and sorted(set(labels.tolist())) == list(range(10))
     again = load_images("shapes", 12, 500)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
-    assert not torch.equal(images, diffusion_model.draw_shapes(12, 500, seed=1)[0])
+    assert not torch.equal(images, support.draw_shapes(12, 500, seed=1)[0])
     assert len(images.flatten(1).unique(dim=0)) == 500
     assert (images.flatten(1).max(dim=1).values.int() - images.flatten(1).min(dim=1).values > 50).all()

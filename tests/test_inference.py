@@ -9,6 +9,7 @@ from PIL import Image
 from conftest import TINY, assert_error, perturb, run
 
 import diffusion_model
+import support
 import inference_example
 from inference_example import generate_images, interpolated_noise
 
@@ -107,7 +108,7 @@ def test_class_rows(here):
     found = tiles(draw("--class", "c", "a", "-n", 2), 2)
     model = diffusion_model.SimpleDiffusion.load(device="cpu")
     wanted = generate_images(model, 4, [2, 2, 0, 0], seed=0, steps=2, guidance=2.0, progress=False)
-    wanted = diffusion_model.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
+    wanted = support.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
     assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
     assert np.array_equal(draw("--class", "all", "-n", 2), draw("--class", "a", "b", "c", "-n", 2))
 
@@ -146,7 +147,7 @@ def test_odd_init_images(here, mode, shape):
     save_picture("any.png", (*shape, 4))
     Image.open("any.png").convert(mode).save("any.png")
     image, = draw_each(here / "each", "-n", 1, "--init-image", "any.png", "--strength", 0)
-    assert np.array_equal(image, diffusion_model.read_picture("any.png", SIZE).permute(1, 2, 0).numpy())
+    assert np.array_equal(image, support.read_picture("any.png", SIZE).permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
@@ -193,21 +194,29 @@ def test_grid_of_training_is_what_inference_draws(here):
     assert torch.equal(images, generate_images(exported, 4, [0, 1, 2, 3], seed=5, progress=False))
 
 
+@pytest.mark.parametrize("flags", [
+    "--interpolate 1 2 --init-image init.png", "--interpolate 1 2 --seed 3", "--interpolate 1 2 --sampler ddpm",
+    "--interpolate 1 2 --denoising --class a", "--interpolate 1 2 -n 1", "--interpolate 4 4", "--strength 0.5",
+    "--checkpoint without_classes.pth --guidance 2"])
+def test_harmless_combinations(here, flags):
+    """They draw: what has no meaning changes nothing."""
+    save_picture("init.png", (SIZE, SIZE, 3))
+    assert draw(*flags.split()).std() > 0
+
+
 @pytest.mark.parametrize("args, word", [
     ("-n 0", "-n"), ("-n -3", "-n"), ("-n two", "-n"), ("--nmu 3", "--nmu"), ("--class b dog", "--class dog"),
     ("--class dog", "a, b, c"), ("--checkpoint without_classes.pth --class a", "--class"),
-    ("--checkpoint without_classes.pth --guidance 2", "--guidance"), ("--checkpoint init.png", "init.png"),
+    ("--checkpoint init.png", "init.png"),
     ("--checkpoint none.pth", "none.pth"), ("--guidance -1", "--guidance"), ("--guidance nan", "--guidance"),
     ("--guidance inf", "--guidance"), ("--sampler euler", "--sampler"), ("--steps 0", "--steps"),
     ("--steps 1001", "--steps"), ("--seed -1", "--seed"), ("--interpolate 1 -2", "--interpolate"),
-    ("--device nonsense", "--device"), ("--out a.jpg", "--out"),
-    ("--out init.png/a.png", "init.png"), ("--save-each .", "--save-each"), ("--strength 0.5", "--strength"),
+    ("--device nonsense", "--device"), ("--out a.what", "extension"),
+    ("--out init.png/a.png", "init.png"), ("--save-each .", "--save-each"),
     ("--init-image init.png --strength 1.5", "--strength"), ("--init-image init.png --strength nan", "--strength"),
     ("--init-image none.png", "none.png"), ("--init-image diffusion_model.pth", "not a readable picture"),
     ("--mask init.png", "--mask"), ("--init-image init.png --mask none.png", "none.png"),
-    ("--interpolate 1 2 --init-image init.png", "--init-image"), ("--interpolate 1 2 --seed 3", "--seed"),
-    ("--interpolate 1 2 --sampler ddpm", "--sampler"), ("--interpolate 1 2 --denoising", "--denoising"),
-    ("--interpolate 1 2 -n 1", "-n"), ("--interpolate 4 4", "--interpolate"), ("--denoising -n 17", "-n"),
+    ("--denoising -n 17", "-n"),
 ])
 def test_mistakes(here, capsys, args, word):
     """Each ends in one line that names the flag, before anything is written."""
@@ -215,8 +224,30 @@ def test_mistakes(here, capsys, args, word):
     with pytest.raises(SystemExit) as stopped:
         inference_example.main(args.split())
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], lines
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert word.strip("-") in lines[0], lines
     assert sorted(path.name for path in here.iterdir()) == ["diffusion_model.pth", "init.png", "without_classes.pth"]
+
+
+def test_many_files_go_on_where_they_stopped(here, monkeypatch):
+    """What is there is not drawn again but for the last, to see that it is the same. No grid, a batch at a time."""
+    monkeypatch.setattr(inference_example, "GRID", 8)
+    monkeypatch.setattr(inference_example, "BATCH", 4)
+    sizes, real = [], diffusion_model.SimpleDiffusion.sample
+    monkeypatch.setattr(diffusion_model.SimpleDiffusion, "sample",
+                        lambda self, count, **options: sizes.append(count) or real(self, count, **options))
+    ten = ["-n", "10", "--save-each", "each", "--steps", "2", "--device", "cpu", "--out", "grid.png"]
+    inference_example.main(ten)
+    whole = {path.name: path.read_bytes() for path in (here / "each").iterdir()}
+    assert len(whole) == 10 and sizes == [4, 4, 2] and not (here / "grid.png").exists()
+    for name in sorted(whole)[7:]:
+        (here / "each" / name).unlink()
+    inference_example.main(ten)
+    assert {path.name: path.read_bytes() for path in (here / "each").iterdir()} == whole and sizes[3:] == [4]
+    for other in (["--seed", "1"], ["--guidance", "9"], ["-n", "9"]):
+        with pytest.raises(SystemExit):
+            inference_example.main(ten + other)
+    assert {path.name: path.read_bytes() for path in (here / "each").iterdir()} == whole
 
 
 def test_names_in_a_checkpoint_stay_in_the_folder(here, tiny_model):

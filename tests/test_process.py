@@ -182,13 +182,13 @@ def test_timesteps_to_train_on(t_distribution, schedule, n_steps):
 @pytest.mark.parametrize("t_distribution", ["uniform", "lognormal"])
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_timesteps_are_spread_over_the_batch(t_distribution, count):
-    """One from each of `count` equal shares of the distribution, in order; each call draws others."""
+    """One from each of `count` equal shares of the distribution, in any order: an image of a fixed batch gets them all."""
     process = DiffusionModel(None, t_distribution=t_distribution)
     shares = process.draw_timesteps(100_000).double().quantile(torch.linspace(0, 1, count + 1, dtype=torch.float64))
     draws = [process.draw_timesteps(count) for _ in range(20)]
     for t in draws:
-        assert ((shares[:-1] - 2 <= t) & (t <= shares[1:] + 2)).all()
-    assert len({tuple(t.tolist()) for t in draws}) > 10
+        assert ((shares[:-1] - 2 <= t.sort().values) & (t.sort().values <= shares[1:] + 2)).all()
+    assert len({tuple(t.tolist()) for t in draws}) > 10 and (count == 1 or any(t[0] > t[-1] for t in draws))
 
 
 # ---- the samplers

@@ -25,6 +25,7 @@ import torch
 from conftest import ROOT, new_run
 
 import diffusion_model
+import support
 from diffusion_model import DiffusionModel, TrainConfig, TrainingRun, learning_rate, training_batch, update_ema
 
 ROUNDS, KILLS = 3, 6  # rounds of killing a run at random moments, and how often in each. For dozens: raise ROUNDS
@@ -102,6 +103,13 @@ def spy(set_attribute, owner, name, note):
     set_attribute(owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1])
 
 
+def steps_take(seconds, monkeypatch):
+    """Have the clock say that each step takes so long."""
+    clock = [0]
+    spy(monkeypatch.setattr, TrainingRun, "train_step", lambda run: clock.append(clock[-1] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """As the children have it: sums done in another order are other bits."""
@@ -116,7 +124,7 @@ def here(tmp_path, monkeypatch):
     """An empty working folder. The two plots take longer than a run, so they are left out."""
     monkeypatch.chdir(tmp_path)
     for plot in ("plot_noising", "plot_losses"):
-        monkeypatch.setattr(diffusion_model, plot, lambda *_: None)
+        monkeypatch.setattr(support, plot, lambda *_: None)
     return tmp_path
 
 
@@ -202,10 +210,9 @@ def test_an_older_checkpoint_is_kept(here, monkeypatch):
     the model_info.json that describes it."""
     Path("diffusion_model.pth").write_bytes(b"years of work")
     Path("model_info.json").write_bytes(b"how it was made")
-    save_state = diffusion_model.save_state
+    save = TrainingRun.save
     with monkeypatch.context() as patch:
-        patch.setattr(diffusion_model, "save_state",
-                      lambda run: save_state(run) if run.step == 0 else sys.exit("killed"))
+        patch.setattr(TrainingRun, "save", lambda run: save(run) if run.step == 0 else sys.exit("killed"))
         assert train() == "killed" and Path("diffusion_model.pth").read_bytes() != b"years of work"
     assert train() == 0 and Path("diffusion_model.pth.bak").read_bytes() == b"years of work"
     assert Path("model_info.json.bak").read_bytes() == b"how it was made"
@@ -242,12 +249,13 @@ def test_the_bar_of_a_terminal(here, monkeypatch, capsys):
     assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == ["1/2", "2/2"]
 
 
-def test_the_state_is_saved_every_five_minutes(here, monkeypatch):
-    """Within an epoch too: here a step seems to take two minutes, so each third one of the eight."""
-    saved, ticks = [], iter(range(10**6))
-    spy(monkeypatch.setattr, diffusion_model, "save_state", lambda run: saved.append(run.step))
-    monkeypatch.setattr(diffusion_model.time, "monotonic", lambda: 120 * next(ticks))
-    assert train() == 0 and saved == [0, 3, 6, 8, 11, 14, 16]
+@pytest.mark.parametrize("seconds, steps", [(120, [0, 3, 6, 8, 11, 14, 16, 19, 22, 24]), (1, [0, 24])])
+def test_when_the_state_is_saved(here, monkeypatch, seconds, steps):
+    """Every five minutes, within an epoch too, and after an epoch unless it took but seconds (here of 8 steps)."""
+    saved = []
+    spy(monkeypatch.setattr, TrainingRun, "save", lambda run: saved.append(run.step))
+    steps_take(seconds, monkeypatch)
+    assert train("--epochs", 3) == 0 and saved == steps
 
 
 def test_a_step(here, monkeypatch):
@@ -305,7 +313,7 @@ def test_muon_of_kernels(memory_format):
     kernel = torch.nn.Parameter(torch.randn(6, 4, 3, 3).to(memory_format=memory_format))
     matrix = torch.nn.Parameter(kernel.detach().flatten(1).clone())
     options = dict(lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    ours, theirs = diffusion_model.KernelMuon([kernel], **options), torch.optim.Muon([matrix], **options)
+    ours, theirs = support.Muon([kernel], **options), torch.optim.Muon([matrix], **options)
     for _ in range(3):
         gradient = torch.randn(6, 4, 3, 3)
         kernel.grad, matrix.grad = gradient.to(memory_format=memory_format), gradient.flatten(1)
@@ -347,6 +355,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, whole, m
         return (x * float("nan") if calls.count(32) == 11 else x), y
     with monkeypatch.context() as patch:
         patch.setattr(diffusion_model, "training_batch", poisoned)
+        steps_take(30, patch)  # so that the state is saved after the first epoch
         assert train() == 2
     line = error_line(capsys)
     assert "not finite" in line and "step 11 " in line and "training_state.pth" in line
@@ -410,8 +419,8 @@ def test_training_batch():
     assert 0.47 < (left > right).float().mean() < 0.53 and 0.08 < (y == 10).float().mean() < 0.12
     x, y = training_batch(torch.arange(256, dtype=torch.uint8)[:, None, None, None], None, torch.arange(256), None)
     assert x.min() == -1 and x.max() == 1 and y is None
-    assert torch.equal(diffusion_model.to_uint8((x + 1) / 2).flatten(), torch.arange(256, dtype=torch.uint8))
-    assert diffusion_model.to_uint8(torch.tensor([-0.5, 0.5 / 255 + 1e-4, 1.5])).tolist() == [0, 1, 255]
+    assert torch.equal(support.to_uint8((x + 1) / 2).flatten(), torch.arange(256, dtype=torch.uint8))
+    assert support.to_uint8(torch.tensor([-0.5, 0.5 / 255 + 1e-4, 1.5])).tolist() == [0, 1, 255]
 
 
 def test_an_epoch_is_one_shuffled_pass(here, monkeypatch, capsys):
@@ -524,7 +533,7 @@ def test_no_flip(here):
     for flags, share in ((dict(no_flip=True), 0), ({}, 0.5)):
         run = new_run(**CONFIG, **flags)
         x, _ = run.batch(torch.arange(256))
-        straight = diffusion_model.from_uint8(run.images)
+        straight = support.from_uint8(run.images)
         mirrored = (x != straight).flatten(1).any(dim=1)
         assert torch.equal(x[mirrored], straight[mirrored].flip(3))
         assert abs(mirrored.float().mean().item() - share) < 0.15
@@ -560,6 +569,7 @@ def recorded_run(flags):
     spy(setattr, diffusion_model, "training_batch", lambda *args: seen["index"].append(args[2].tolist()))
     spy(setattr, DiffusionModel, "q_sample", lambda model, x, t, noise=None: seen["noise"].append(noise))
     spy(setattr, diffusion_model, "replacing", lambda path: seen["written"].append(str(path)))
+    spy(setattr, support, "save_grid", lambda images, path, **_: seen["written"].append(str(path)))
     spy(setattr, diffusion_model, "update_ema", lambda ema, model, step: seen.update(ema=ema, model=model))
     train(*flags)
     seen.update(ema=seen["ema"].state_dict(), model=seen["model"].state_dict())
@@ -629,6 +639,17 @@ def test_machines_that_do_not_share_a_folder(tmp_path):
             process.kill()
 
 
+def test_64x64_with_default_flags_fits_in_two_gigabytes(tmp_path):
+    """The default network at batch 16: all of the process, from training to the grid of samples."""
+    code = ("import resource, sys, diffusion_model\ndiffusion_model.main(sys.argv[1:])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    flags = "--data shapes --image-size 64 --limit 48 --batch-size 16 --epochs 1 --device cpu --out run".split()
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024) < 2e9
+
+
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
     """A short run ends within 2 % of the loss of the same run in float32 (trivially where there is no bfloat16)."""
     losses = []
@@ -638,7 +659,7 @@ def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
         seen = []
         while run.step < run.total_steps:
             run.train_step()
-            seen.append(run.losses[(run.step - 1) % run.steps_per_epoch].item())
+            seen.append(run.losses[-1].item())
         losses.append(statistics.fmean(seen[-16:]))
     assert losses[0] < 0.8 * statistics.fmean(seen[:8])  # it has learned something
     assert losses[0] == pytest.approx(losses[1], rel=0.02)

@@ -1,0 +1,632 @@
+"""What surrounds the training of diffusion_model.py: data sets, pictures, options, several processes, signals, errors.
+
+Nothing of it has to be read to understand diffusion. It needs torch alone; torchvision, PIL, numpy and matplotlib are
+imported in the functions that use them.
+"""
+import argparse
+import atexit
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import operator
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+SHAPES = {  # which points belong to a shape; a and b are |x| and |y|, from 0 in the centre to 1 at the edge
+    "circle": lambda x, y, a, b: a**2 + b**2 < 0.8,
+    "ring": lambda x, y, a, b: (a**2 + b**2 - 0.6).abs() < 0.3,
+    "square": lambda x, y, a, b: torch.maximum(a, b) < 0.75,
+    "frame": lambda x, y, a, b: (torch.maximum(a, b) - 0.7).abs() < 0.2,
+    "diamond": lambda x, y, a, b: a + b < 1,
+    "triangle": lambda x, y, a, b: (y < 0.8) & (a < (y + 1) / 2),
+    "plus": lambda x, y, a, b: (torch.minimum(a, b) < 0.28) & (torch.maximum(a, b) < 0.95),
+    "cross": lambda x, y, a, b: ((a - b).abs() < 0.35) & (torch.maximum(a, b) < 0.85),
+    "bar": lambda x, y, a, b: (a < 0.95) & (b < 0.3),
+    "stripes": lambda x, y, a, b: (torch.maximum(a, b) < 0.95) & (torch.cos(9.9 * x) > 0),
+}
+
+
+def draw_shapes(image_size, count, seed=0):
+    """Coloured shapes, the same ones for a seed: -> uint8 (count, 3, S, S), labels (count,), the ten class names."""
+    numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed), device="cpu")
+    labels = (numbers[:, 0] * len(SHAPES)).long()
+    places, colours = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre, size; shape, background
+    colours[torch.arange(count), (2 * numbers[:, 10]).long()] += 150        # one of the two is bright
+    axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points in each pixel
+    images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
+    for i, (centre_x, centre_y, size) in enumerate(places.tolist()):
+        size = 0.55 + 0.3 * size
+        x, y = ((axis - (centre - 0.5) / 4) / size for centre in (centre_x, centre_y))
+        x, y = torch.meshgrid(x, y, indexing="xy")                          # (4 S, 4 S) each
+        inside = list(SHAPES.values())[labels[i]](x, y, x.abs(), y.abs())
+        cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): how much of each pixel
+        shape, background = colours[i, :, :, None, None]
+        images[i] = (cover * shape + (1 - cover) * background).round()
+    return images, labels, list(SHAPES)
+
+
+def open_picture(path):
+    """Any picture file -> a PIL image: upright, RGB, on white if transparent."""
+    import numpy
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith(("I", "F")):  # 16 bits and more: PIL would make all above 255 white
+            values = numpy.asarray(picture, dtype=float)
+            values = values / 257 if picture.mode.startswith("I;16") or values.max() > 255 else values  # 65535 -> 255
+            picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except Exception as error:  # PIL raises many kinds of them
+        raise ValueError(f"{path}: not a readable picture: {error}") from None
+
+
+def to_square(picture, image_size):
+    """A PIL image, resized and cropped to its centre -> uint8 (3, S, S)."""
+    import numpy
+    from PIL import ImageOps
+    return torch.tensor(numpy.asarray(ImageOps.fit(picture, [image_size] * 2))).permute(2, 0, 1)
+
+
+def read_picture(path, image_size, channels=3):
+    """Any picture file -> uint8 (channels, S, S), resized and cropped to its centre; grey where channels is 1."""
+    picture = open_picture(path)
+    return to_square(picture if channels == 3 else picture.convert("L").convert("RGB"), image_size)[:channels]
+
+
+def note(line):
+    """Say something about the data, in one of several processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def load_folder(folder, image_size, limit):
+    """All pictures below `folder`. Its immediate subfolders are the classes, unless pictures lie beside them."""
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    images, kept, unreadable, cut = [], [], [], []
+    for path in sorted(paths)[:limit]:
+        try:
+            picture = open_picture(path)
+        except ValueError as error:
+            unreadable.append(error)
+            note(f"skipped: {error}")
+            continue
+        images.append(to_square(picture, image_size))
+        kept.append(path.relative_to(folder))
+        cut.append(1 - min(picture.size) / max(picture.size))               # the share that is lost
+    if len(unreadable) > len(kept):
+        raise ValueError(f"{len(unreadable)} of {len(kept) + len(unreadable)} pictures cannot be read, the first: "
+                         f"{unreadable[0]}")
+    if not kept:
+        raise ValueError(f"{folder}: no pictures found ({' '.join(sorted(suffixes))})")
+    if max(cut) > 0.1:
+        note(f"cropped: {sum(share > 0.1 for share in cut)} of {len(cut)} pictures are far from square; of the worst, "
+             f"{kept[cut.index(max(cut))]}, {max(cut):.0%} are cut off")
+    images = torch.stack(images)
+    if (images == images[:, :1]).all():  # grey, all of them: one channel says it all
+        images = images[:, :1].contiguous()
+    if min(len(path.parts) for path in kept) == 1:  # some pictures lie in `folder` itself
+        return images, None, None
+    class_names = sorted({path.parts[0] for path in kept})
+    return images, torch.tensor([class_names.index(path.parts[0]) for path in kept]), class_names
+
+
+def with_channels(images, channels):
+    """Images (N, C, S, S) for a network of so many channels: grey ones will do for one in colour."""
+    if images.shape[1] > channels:
+        raise ValueError("--init: its network draws in grey, and these images are in colour")
+    return images.expand(-1, channels, -1, -1)
+
+
+def is_cifar10(data):
+    return data == "cifar10" or (Path(data) / "cifar-10-batches-py").is_dir()
+
+
+def load_images(data, image_size=32, limit=None):
+    """Read a data set: -> images uint8 (N, 3, S, S), labels int64 (N,) or None, class_names or None.
+
+    Where all pictures of a folder are grey, images are (N, 1, S, S).
+
+    data: "cifar10" (in ./data, downloaded where missing), a folder that holds cifar-10-batches-py, any other folder of
+    images, or "shapes". limit: the first images only. Raises a ValueError that says what is wrong and what to do.
+    """
+    if data == "shapes":
+        return draw_shapes(image_size, limit or 5_000)
+    if not is_cifar10(data):
+        if not Path(data).is_dir():
+            raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
+        return load_folder(Path(data), image_size, limit)
+    from torchvision.datasets import CIFAR10
+    root = Path("data" if data == "cifar10" else data).resolve()
+    try:
+        cifar = CIFAR10(root, train=True, download=(data == "cifar10"))     # checks the checksums of what is there
+    except Exception as error:  # no network, a full disk, a file cut off
+        raise ValueError(f"CIFAR-10 could not be loaded ({error}): fetch it with curl, which goes on where it "
+                         f"broke off: curl -C - --create-dirs -o {root / CIFAR10.filename} {CIFAR10.url}; "
+                         f"or train without it: --data shapes, or --data FOLDER of your images") from None
+    images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
+    if image_size != 32:
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    return images, labels, cifar.classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def from_uint8(pixels):
+    """Pixels 0..255 -> images in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Images in [0, 1], as SimpleDiffusion.sample gives them -> pixels 0..255, rounded."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def save_grid(images, path, columns, scale=None):
+    """Write images (N, C, S, S) in [0, 1] as one picture, a pixel `scale` wide (None: images of about 128 pixels)."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+    scale = scale or max(1, 128 // images.shape[-1])
+    pixels = to_uint8(images.cpu()).repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(make_grid(pixels, nrow=columns).permute(1, 2, 0).numpy()).save(path)
+
+
+class SingleFiles:
+    """Pictures in files of their own in `folder` (None: nowhere). keep: go on after those that are there already.
+
+    Raises ValueError if other pictures are there: under other names, or drawn in another way.
+    """
+
+    def __init__(self, folder, names, keep):
+        if keep and folder is None:
+            raise ValueError(f"{len(names)} pictures are too many for one grid: add --save-each FOLDER, or lower -n")
+        self.folder, self.names = folder, names
+        there = {path.name for path in folder.glob("*.png")} if folder else set()
+        if there - set(names):
+            raise ValueError(f"--save-each {folder}: name another folder, other pictures are in it, such as "
+                             f"{min(there - set(names))}")
+        done = next((i for i, name in enumerate(names) if name not in there), len(names)) if keep else 0
+        self.first = max(0, done - 1)                                       # the last one again, to compare it
+        self.compare = done > 0
+
+    def save(self, images):
+        for image in images if self.folder else []:
+            path = self.folder / self.names[self.first]
+            if self.compare and (read_picture(path, image.shape[-1]) - 255.0 * image).abs().mean() > 4:
+                raise ValueError(f"--save-each {self.folder}: name another folder, {path.name} is another picture")
+            self.compare = False
+            save_grid(image[None], path, columns=1, scale=1)                # a single picture gets no border
+            self.first += 1
+
+
+def save_denoising(moments, path):
+    """Write ten of the `moments`, uint8 (2, N, C, S, S) each (x_t, x_0), as a strip, and fifty as a GIF beside it."""
+    from PIL import Image
+
+    def pick(count):
+        index = torch.linspace(0, len(moments) - 1, min(count, len(moments)))
+        return torch.stack([moments[i] for i in index.round().int()])
+
+    strip = pick(10).permute(2, 1, 0, 3, 4, 5)                               # (N, 2, moments, C, S, S)
+    save_grid(strip.flatten(0, 2) / 255, path, columns=strip.shape[2], scale=max(1, 64 // strip.shape[-1]))
+    frames = pick(50).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # (moments, 2 S, N S, C): x_t above x_0
+    scale = max(1, 96 // strip.shape[-1])
+    size = frames.shape[2] * scale, frames.shape[1] * scale
+    frames = [Image.fromarray(frame.expand(-1, -1, 3).numpy()).resize(size, Image.NEAREST) for frame in frames]
+    durations = [100] * (len(frames) - 1) + [2000]                           # milliseconds: the last one stays a while
+    frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def plot_losses(losses, path):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure.add_subplot(xlabel="epoch", ylabel="training loss").plot(range(1, len(losses) + 1), losses, marker=".")
+    figure.savefig(path, format="png")
+
+
+def plot_noising(image, processes, schedule, path):
+    """Above, one image (C, S, S) in [-1, 1] at five timesteps; below, alphas_cumprod of all schedules.
+
+    processes: a DiffusionModel for the name of each schedule; that of `schedule` adds the noise.
+    """
+    from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    last = processes[schedule].n_steps - 1
+    t = torch.tensor([min(round(share * (last + 1)), last) for share in (0, 0.1, 0.3, 0.5, 1)])
+    noised = processes[schedule].q_sample(image.expand(5, -1, -1, -1), t)
+    axes = figure.add_subplot(2, 1, 1, title="t = " + ", ".join(map(str, t.tolist())))
+    axes.imshow(make_grid(to_uint8((noised + 1) / 2), nrow=5).permute(1, 2, 0).numpy())
+    axes.axis("off")
+    axes = figure.add_subplot(2, 1, 2, xlabel="t", ylabel="alphas_cumprod")
+    for name, process in processes.items():
+        axes.plot(process.alphas_cumprod.numpy(), label=name)
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and errors on the command line
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_options(options):
+    """Check the numbers of a TrainConfig, and make its values plain ones, all that a file can hold.
+
+    From Python a Path, a list or a number of numpy's will do as well. Raises a ValueError that names the flag.
+    """
+    for entry in fields(options):
+        value, least, below = getattr(options, entry.name), entry.metadata["least"], entry.metadata["below"]
+        if value is None:
+            continue
+        try:
+            if entry.type in (str, float):
+                value = entry.type(value)
+            elif entry.type is tuple:
+                value = tuple(map(operator.index, [value] if isinstance(value, int) else value))
+            else:
+                value = entry.type(operator.index(value))
+        except (TypeError, ValueError):
+            raise ValueError(f"{flag_of(entry.name)} cannot be {value!r}") from None
+        setattr(options, entry.name, value)
+        numbers = value if entry.type is tuple else [value] if entry.type is not str else []
+        for number in numbers:
+            if not least <= number < below:
+                bounds = [f"at least {least}"] * (least > -math.inf) + [f"below {below}"] * (below < math.inf)
+                raise ValueError(f"{flag_of(entry.name)} must be {' and '.join(bounds) or 'a number'}, got {number}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # where argparse would print all flags and exit
+        raise ValueError(f"{message} (all flags: --help)")
+
+
+def parse_options(kind, argv, description):
+    """Read the command line: a flag for each field of the dataclass `kind` -> an instance of it."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for entry in fields(kind):
+        default, meaning = entry.default, entry.metadata["meaning"]
+        if entry.type is bool:
+            options = dict(action="store_true")
+        elif entry.type is tuple:
+            options = dict(type=int, nargs="*", default=default, metavar="")
+            meaning += f" ({' '.join(map(str, default))})" if default else ""
+        else:
+            options = dict(type=entry.type, default=default, metavar="")
+            meaning += "" if default is None else f" ({default})"
+        parser.add_argument(flag_of(entry.name), help=meaning, **options)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+@contextlib.contextmanager
+def ends_in_one_line():
+    """Let what a user can cause end in exit code 2 and one line that begins with "error:"."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:  # before or after the training loop, which handles it by itself
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = error
+    except ImportError as error:
+        message = f"{error}: pip install -r requirements.txt"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # no lack of memory, which CPU, CUDA and MPS all report with this word, but a bug: show where
+        message = (f"out of memory ({error}): lower --batch-size, --hidden-channels or --image-size, together with "
+                   f"--restart; to draw, -n below 16 or --device cpu")
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process: memory, signals, torchrun
+
+
+def tune_torch():
+    """Settings that make a CPU step a third faster, and a GPU's convolutions the fastest there are."""
+    torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: a CPU is many times slower with them
+    torch.backends.cudnn.benchmark = True  # all batches have one shape: worth trying which convolution is fastest
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has glibc
+        import ctypes
+        libc = ctypes.CDLL("libc.so.6")
+        # Keep freed memory for the next tensor: new memory costs a fifth of a step on the CPU.
+        libc.mallopt(-4, 0)   # M_MMAP_MAX = 0: no large tensor is returned to the system as soon as it is freed
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD = -1 (none): nor is the end of the heap
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect Ctrl-C and SIGTERM in a list, so that the batch in hand can be finished; a second one ends at once."""
+    received, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+        if sys.stderr.isatty():
+            print("\nstopping after this step; a second time ends at once, without saving", file=sys.stderr)
+
+    try:
+        for number in handlers:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Processes:
+    """This process among those of torchrun, each on a GPU of its own, or all on the CPU. Without torchrun: alone."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.count == 1:
+            return
+        on_gpu = device.type == "cuda"
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu and local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs are here: lower --nproc_per_node of torchrun")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                                 timeout=datetime.timedelta(days=1))  # as long as a download may take
+            atexit.register(torch.distributed.destroy_process_group)
+
+    def check_equal(self, number, what):
+        if self.largest(number) != -self.largest(-number):
+            raise ValueError(f"the processes do not find the same {what}")
+
+    def say(self, line):
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def largest(self, number):
+        """The largest of the numbers (int) of all processes, once all have come here."""
+        if self.count == 1:
+            return number
+        number = torch.tensor(number, device="cpu")
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return number.item()
+
+    @contextlib.contextmanager
+    def first_goes_ahead(self):
+        """The first process runs the block before the others do."""
+        if self.rank > 0:
+            self.largest(0)
+        yield
+        if self.rank == 0:
+            self.largest(0)
+
+    def wrap(self, model):
+        """`model`, whose gradients backward() averages over the processes."""
+        return model if self.count == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisers, and the weights that a run begins with
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, which takes matrices alone, for kernels too: each as a matrix that shares its memory."""
+
+    def __init__(self, kernels, lr, **options):
+        self.kernels = list(kernels)
+        super().__init__([self.matrix(kernel, kernel.detach()) for kernel in self.kernels], lr, **options)
+
+    @staticmethod
+    def matrix(kernel, values):
+        """`values`, like `kernel` (out, in, k, k), as a matrix (out, in * k * k): a view, in both memory formats."""
+        return values.flatten(1) if kernel.is_contiguous() else values.permute(0, 2, 3, 1).flatten(1)
+
+    def step(self):
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
+            matrix.grad = self.matrix(kernel, kernel.grad)
+        super().step()
+
+
+def restore_optimizer(optimizer, state):
+    """Give an optimiser the `state` that its state_dict() had: ValueError if it does not fit its parameters."""
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for parameter, values in optimizer.state.items():
+        for value in values.values():
+            if not isinstance(value, (int, type(None))) and getattr(value, "shape", None) not in (parameter.shape, ()):
+                raise ValueError("the state of its optimisers does not fit the network")
+
+
+def begin_with(source, config, options, class_names):
+    """The SimpleDiffusion of --init: the network and the weights of `source`, for classes of these names.
+
+    options: those of `config` for a SimpleDiffusion. One that contradicts `source` is a ValueError, unless no weight
+    depends on it; one at its default counts as not given.
+    """
+    theirs = {**source.model.config, **source.diffusion.config, "class_names": class_names}
+    theirs["num_classes"] = None if class_names is None else len(class_names)
+    for name, ours in options.items():
+        if name in ("image_size", "dropout", "t_distribution"):
+            theirs[name] = ours
+        elif ours != getattr(type(config), name) and not agree(name, ours, theirs[name]):
+            raise ValueError(f"{flag_of(name)} {ours} contradicts --init {config.init}, which has {theirs[name]}")
+    return with_weights_of(source, type(source)(**theirs))
+
+
+def agree(name, option, value):
+    """Whether an option is what a checkpoint has; one number of residual blocks stands for all levels."""
+    if name == "num_res_blocks" and len(option) == 1:
+        option = option * len(value)
+    return list(option) == value if isinstance(option, tuple) else option == value
+
+
+def origin_of(path):
+    """What model_info.json says of the checkpoint of --init, if there is one."""
+    return {} if path is None else dict(init=path, init_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+@torch.no_grad()
+def with_weights_of(source, model):
+    """`model`, a SimpleDiffusion of the same sizes, with the weights of `source`. Its classes may be others.
+
+    They go by their names. A class that `source` does not know begins as its null class, which is also what a network
+    without classes draws.
+    """
+    weights = source.model.state_dict()
+    classes = weights.pop("class_embedding.weight", torch.zeros(1, source.model.config["time_dim"]))
+    model.model.load_state_dict(weights, strict=False)                      # all but those of the classes
+    known, names = source.class_names or [], model.class_names
+    if names is None:
+        model.model.time_mlp[-1].bias += classes[-1]
+    else:
+        rows = [known.index(name) if name in known else -1 for name in names]
+        model.model.class_embedding.weight.copy_(classes[[*rows, -1]])
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says and shows
+
+
+def count_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def describe(run):
+    """What the checkpoint of a run is: a dict of numbers and strings."""
+    config = run.config
+    name = "CIFAR-10" if is_cifar10(config.data) else config.data
+    return dict(
+        architecture=f"SimpleUNet {run.model.model.config}", parameters=count_parameters(run.model), dataset=name,
+        images_seen=run.step * run.batch_size, epochs=len(run.epoch_losses), batch_size=run.batch_size,
+        learning_rate=config.lr,
+        optimizer=" and ".join(type(optimizer).__name__ for optimizer in run.optimizers) + ", cosine decay",
+        **run.model.diffusion.config, **run.origin, final_loss=round(run.epoch_losses[-1], 5),
+        training_minutes=round(run.seconds / 60, 1), device=str(run.images.device), torch=str(torch.__version__),
+        date=time.strftime("%Y-%m-%d"), license="MIT" if name in ("CIFAR-10", "shapes") else "not stated")
+
+
+class Report:
+    """The lines, the progress bar and the pictures of a run, and its exports."""
+
+    def __init__(self, run, resumed, precision):
+        from tqdm import tqdm
+        self.run = run
+        self.first = run.processes.rank == 0
+        self.shown = time.monotonic()
+        self.began = run.step, run.seconds                                  # an earlier start may have been elsewhere
+        self.announce(resumed, precision)
+        self.writer = self.tensorboard_writer() if run.config.tensorboard and self.first else None
+        self.bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images",
+                        unit_scale=True, dynamic_ncols=True, disable=not self.first or not sys.stderr.isatty())
+        if self.first and not resumed:
+            self.first_files()
+
+    def announce(self, resumed, precision):
+        run, config, network = self.run, self.run.config, self.run.model.model
+        few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
+        again = f"going on after step {run.step} from {run.out / 'training_state.pth'} (--restart begins again)\n"
+        run.processes.say(
+            f"{again if resumed else ''}device    {run.images.device}, {precision}\n"
+            f"network   {count_parameters(network) / 1e6:.1f} M parameters, {network.num_classes or 'no'} classes\n"
+            f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide\n"
+            f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}\n"
+            f"files     {run.out}")
+
+    def tensorboard_writer(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs one more package: pip install tensorboard") from None
+        # purge_step: a run that was killed may have written a later epoch, which now comes again.
+        run = self.run
+        return SummaryWriter(run.out / "tensorboard", purge_step=run.step - run.step % run.steps_per_epoch + 1)
+
+    def first_files(self):
+        """Before the first step: keep an older checkpoint, show what the network is fed, save the state."""
+        run, samples = self.run, self.run.out / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        for name in ("diffusion_model.pth", "model_info.json"):
+            if (run.out / name).exists():
+                shutil.copyfile(run.out / name, run.out / f"{name}.bak")
+        x, _ = run.batch(torch.arange(min(64, len(run.images))))
+        save_grid((x + 1) / 2, samples / "data.png", columns=8)
+        process, config = type(run.model.diffusion), run.model.diffusion.config
+        processes = {schedule: process(None, **{**config, "schedule": schedule}) for schedule in ("linear", "cosine")}
+        plot_noising(x[0].cpu(), processes, config["schedule"], samples / "noising.png")
+        run.save()  # now, so that a full disk is noticed at once
+
+    def step(self):
+        """Move the bar. Once a second it shows the loss; not in each step, for reading it waits for the GPU."""
+        self.bar.update(self.run.batch_size)
+        if time.monotonic() - self.shown > 1:
+            recent = self.run.fetch_losses()[-100:]
+            self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+            self.shown = time.monotonic()
+
+    def epoch(self, losses):
+        """A line for the epoch that has ended; every few epochs, and after the last, samples and an export."""
+        run, epoch = self.run, len(self.run.epoch_losses)
+        if not self.first:
+            return
+        if self.writer:
+            for step, loss in enumerate(losses, start=run.step - len(losses) + 1):
+                self.writer.add_scalar("loss", loss, step)
+            self.writer.flush()  # by itself it writes every two minutes, and not at the end
+        first_step, seconds_before = self.began
+        speed = (run.step - first_step) * run.batch_size / max(run.seconds - seconds_before, 1e-9)
+        minutes_left = (run.total_steps - run.step) * run.batch_size / speed / 60
+        self.bar.write(f"epoch {epoch:3d}/{run.epochs}  loss {run.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
+                       f"{minutes_left:.0f} minutes left", file=sys.stdout)
+        sys.stdout.flush()
+        # Where --images counts, an epoch can take a second: about twenty grids in all.
+        every = run.config.sample_every if run.config.images is None else max(1, run.epochs // 20)
+        if epoch % every == 0 or epoch == run.epochs:
+            self.export()
+        if epoch == run.epochs:
+            self.bar.write(f"wrote {run.out / 'diffusion_model.pth'}; draw from it: python inference_example.py "
+                           f"--checkpoint {run.out / 'diffusion_model.pth'}", file=sys.stdout)
+
+    def export(self):
+        """Write diffusion_model.pth, what it is to model_info.json, and four samples that are drawn from it."""
+        run, checkpoint, info = self.run, self.run.out / "diffusion_model.pth", describe(self.run)
+        run.ema.save(checkpoint, **info)
+        # Only model_info.json has the checksum: a file cannot hold its own.
+        info["sha256"] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        temporary = run.out / "model_info.json.tmp"
+        temporary.write_text(json.dumps(info, indent=2) + "\n")
+        os.replace(temporary, run.out / "model_info.json")
+        # Drawn from the file, so that the grid shows what inference_example.py draws with --guidance 1.
+        model = run.ema.load(checkpoint, run.images.device)
+        labels = None if run.labels is None else [i % model.model.num_classes for i in range(4)]
+        images = model.sample(4, y=labels, seed=run.config.seed, progress=False)
+        save_grid(images, run.out / "samples" / f"epoch_{len(run.epoch_losses):04d}.png", columns=2)
+        plot_losses(run.epoch_losses, run.out / "samples" / "loss.png")

@@ -1,0 +1,31 @@
+"""tests/benchmark.py can run: each of its sides does a step, with tiny numbers."""
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+
+import benchmark
+import diffusion_model
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion_model, "has_bfloat16", diffusion_model.has_bfloat16)  # which one of the sides changes
+    monkeypatch.setattr(benchmark, "IMAGE_SIZE", 8)
+    diffusion_model.SimpleDiffusion(8, hidden_channels=8).save(tmp_path / "untrained.pth")
+    return SimpleNamespace(folder=tmp_path, hidden_channels=8, batch_size=4, worker="train_ours", compile=False)
+
+
+@pytest.mark.parametrize("side", benchmark.WORKERS)
+def test_each_side_does_a_step(options, side):
+    if side == "train_diffusers" and importlib.util.find_spec("diffusers") is None:
+        pytest.skip("diffusers is not installed")
+    benchmark.WORKERS[side](options)()
+
+
+def test_the_table(options, capsys):
+    found = dict(rate=10.0, count=3, threads=2, memory=1e9, gpu_memory=0)
+    plain = found | dict(rate=4.0)
+    benchmark.report(dict(train_plain=plain, train_ours=found, sample_plain=plain, sample_ours=found), options, 1e6)
+    out = capsys.readouterr().out
+    assert "2.5 times as fast" in out and "2500 times as fast" in out and "1000 MB" in out
