@@ -10,7 +10,7 @@ import diffusion_model
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion_model, "has_bfloat16", diffusion_model.has_bfloat16)  # which one of the sides changes
+    monkeypatch.setattr(diffusion_model, "has_bfloat16", diffusion_model.has_bfloat16)  # one side changes it
     monkeypatch.setattr(benchmark, "IMAGE_SIZE", 8)
     diffusion_model.SimpleDiffusion(8, hidden_channels=8).save(tmp_path / "untrained.pth")
     return SimpleNamespace(folder=tmp_path, hidden_channels=8, batch_size=4, worker="train_ours", compile=False)

@@ -182,7 +182,7 @@ def test_timesteps_to_train_on(t_distribution, schedule, n_steps):
 @pytest.mark.parametrize("t_distribution", ["uniform", "lognormal"])
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_timesteps_are_spread_over_the_batch(t_distribution, count):
-    """One from each of `count` equal shares of the distribution, in any order: an image of a fixed batch gets them all."""
+    """One from each of `count` equal shares of the distribution, in any order; each call draws others."""
     process = DiffusionModel(None, t_distribution=t_distribution)
     shares = process.draw_timesteps(100_000).double().quantile(torch.linspace(0, 1, count + 1, dtype=torch.float64))
     draws = [process.draw_timesteps(count) for _ in range(20)]
