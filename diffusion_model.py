@@ -2,16 +2,16 @@
 
     python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, and pictures to samples/
     python inference_example.py      draws pictures from diffusion_model.pth
-    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_run     your pictures
+    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out mine     on your pictures
 
 A run that was stopped goes on when the same command is given again. All flags: --help. From Python:
 
     from diffusion_model import SimpleDiffusion
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
 
-The parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers, 3 the two together and their file,
-4 training. Parts 0 to 3 need torch alone and can be copied into a project of your own. What surrounds training (data
-sets, pictures, the command line) is in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
+The parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (begin there to learn), 3 the two in
+one and their file, 4 training. Parts 0 to 3 need torch alone and can be copied. What surrounds training (data sets,
+pictures, the command line) is in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
 
 Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
 (arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
@@ -58,7 +58,7 @@ def pick_device(name=None):
         gpu = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else None
         return torch.device(gpu or "cpu")
     try:
-        torch.zeros(1, device=name).tolist()  # use it: that a name is known says nothing
+        torch.zeros(1, device=name).tolist()  # use it: torch knows names of devices that are not there
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} is not available ({brief(error)}): leave --device out") from None
@@ -68,7 +68,7 @@ def has_bfloat16(device):
     """Whether the device multiplies bfloat16 in hardware; where it does not, bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}    # torch 2.9 has it not
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}    # torch 2.9 lacks it
     return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
@@ -123,7 +123,7 @@ def divisors(n, limit):
 
 
 def group_norm(channels):
-    """GroupNorm of at most 32 groups, of at least 16 channels: smaller ones are up to ten times slower in bfloat16."""
+    """GroupNorm of at most 32 groups of at least 16 channels each: smaller ones are far slower in bfloat16."""
     return nn.GroupNorm(divisors(channels, min(32, max(1, channels // 16)))[-1], channels)
 
 
@@ -226,7 +226,7 @@ class SimpleUNet(nn.Module):
 
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)  # + 1: null
-        # The entry of level 0 reads the image; each other entry halves the size, and its exit doubles it again.
+        # On level 0 the entry reads the image and the exit writes it; on the others they halve and double the size.
         to_image = zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))
         entries = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
         exits = [nn.Sequential(group_norm(widths[0]), nn.SiLU(), to_image)]
@@ -238,7 +238,7 @@ class SimpleUNet(nn.Module):
         self.up = nn.ModuleList()
         for width, depth, heads, entry, way_out in zip(widths, depths, level_heads, entries, exits):
             self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
-            merges = nn.ModuleList([nn.Conv2d(2 * width, width, 1) for _ in range(depth)])  # of a skip, before a block
+            merges = nn.ModuleList([nn.Conv2d(2 * width, width, 1) for _ in range(depth)])  # 2: features and skip
             self.up.insert(0, nn.ModuleDict(dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=way_out)))
 
     def forward(self, x, t, y=None):
@@ -250,8 +250,7 @@ class SimpleUNet(nn.Module):
         if self.num_classes is not None:
             emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
         emb = F.silu(emb)                                                   # here once, not in every block
-
-        # The shapes in these comments are those of the defaults and 32x32 images.
+        # Shapes for the defaults and 32x32 images; three where they are those of the three passes of the loop.
         skips = []
         for level in self.down:
             x = level["entry"](x)                               # (B, 64, 32, 32), (B, 128, 16, 16), (B, 128, 8, 8)
@@ -270,22 +269,25 @@ class SimpleUNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The diffusion process and its samplers: DiffusionModel
 #
-# Training: mix an image with noise, x_t = alpha * x_0 + sigma * noise, the more noise the larger t (in the papers:
-# q(x_t | x_0)), and teach the network to tell the two apart. Sampling: begin with noise alone; in each step the
-# network estimates the clean image x_0 in x_t, and the next x_t is that estimate with a little less noise (p).
+# Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and teach the
+# network to tell the two apart. Both factors depend on the timestep t: alpha falls from nearly 1 to nearly 0, sigma
+# rises from nearly 0 to nearly 1, and alpha^2 + sigma^2 = 1, so that x_T, the last x_t, is all but pure noise.
+# Sampling: begin with pure noise. In each step the network estimates the x_0 in x_t; that estimate with a little less
+# noise is the next x_t (p(x_{t-1} | x_t)). It takes many steps because the estimate is the mean of all images that x_t
+# may have come from: a blur while there is much noise, and sharper the less there is.
 #
 # The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0: with x_t, either gives
-# x_0. From the noise that takes a division by alpha, 0.006 at the last t, which multiplies every error. v is nearly
-# the noise where t is small and nearly -x_0 where it is large: what is worth knowing at either end.
+# x_0. With the noise one has to divide by alpha, 0.006 at the last t (linear schedule), which multiplies every error.
+# v is nearly the noise where t is small and nearly -x_0 where it is large: at either end what x_t does not show.
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
-    """The variance of the noise that each step adds: (n_steps,) float64, below 1."""
+    """beta of each step x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64, below 1."""
     if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is noise for every n_steps
         betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
-        u = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")  # t / T; the paper's s is 0.008
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2               # alphas_cumprod is f / f[0]
+        u = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")  # the paper's t / T; its s is 0.008
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2               # f / f[0] is the product of the 1 - beta
         betas = 1 - f[1:] / f[:-1]
     else:
         raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
@@ -293,30 +295,30 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
 
 
 class Step(NamedTuple):
-    """One step, from timestep t to s: x_t, and the network's estimate of x_0 from it."""
+    """One step of sampling, from timestep t to s < t: x_t, and the network's estimate of the clean image x_0 in it."""
     t: int
     s: int
     x_t: torch.Tensor
     x_0: torch.Tensor
 
 
+class Sampler(NamedTuple):
+    """One entry of the table of samplers. To add one of your own: SAMPLERS["mine"] = Sampler(...)."""
+    steps: int          # how many by default; None: n_steps
+    even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
+    eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
+    # aim(process, now, before, denoise) -> the image that the step `now` aims at: by default the network's estimate.
+    # before: the Step before, or None. denoise(x_t, t) -> x_0 calls the network once more, for samplers that need it.
+    aim: Callable = lambda process, now, before, denoise: now.x_0
+
+
 def aim_ahead(process, now, before, denoise):
-    """Aim at the estimate, extrapolated half a step ahead by its change since the step before (D in Lu et al.)."""
-    if before is None or now.s == -1:  # nothing to continue; the step to the clean image is infinitely long in lambda
+    """The estimate to expect halfway through the step, extrapolated in lambda from the last two (D in Lu et al.)."""
+    if before is None or now.s == -1:  # nothing to extrapolate from; or a last step, infinitely long in lambda
         return now.x_0
     length = process.lambdas[now.s] - process.lambdas[now.t]
     length_before = process.lambdas[now.t] - process.lambdas[before.t]
     return now.x_0 + (now.x_0 - before.x_0) * length / (2 * length_before)
-
-
-class Sampler(NamedTuple):
-    """One entry of the table of samplers. To add one of your own: SAMPLERS["mine"] = Sampler(...)."""
-    steps: int          # how many by default; None: n_steps
-    even_in: str        # "t", or "lambda" = log(alpha / sigma): in what the timesteps are evenly spaced
-    eta: float          # the noise that a step adds: 1 that of the posterior, 0 none (DiffusionModel.step)
-    # aim(process, now, before, denoise) -> the image that the step from now.t to now.s aims at: here the estimate.
-    # before is the step before, or None; denoise(x_t, t) -> x_0 calls the network once more.
-    aim: Callable = lambda process, now, before, denoise: now.x_0
 
 
 SAMPLERS = {
@@ -340,10 +342,9 @@ class DiffusionModel(nn.Module):
     model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
     third argument, where they are given. For guidance, its attribute num_classes is the null label.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    alpha and sigma are the factors in x_t = alpha * x_0 + sigma * noise: alpha^2 = alphas_cumprod, sigma^2 = 1 -
-    alpha^2. (Ho et al. call another number alpha_t: 1 - beta_t.) Timesteps count from 0: t = 0 is the papers' t = 1,
-    an image with the noise of one step. Where a timestep stands for the clean image x_0, it is -1.
-    schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps, so that x_T is always noise.
+    alpha^2 is alphas_cumprod, the product of 1 - beta over steps up to t (Ho et al. write alpha_t for 1 - beta_t).
+    Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. The clean image keeps its
+    name x_0, but its timestep is -1. schedule: "cosine", or "linear" (beta_start to beta_end, times 1000 / n_steps).
     t_distribution: which timesteps training draws: "uniform" (Algorithm 1), or "lognormal": those around the noise
     levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
     """
@@ -364,7 +365,7 @@ class DiffusionModel(nn.Module):
         self.prediction = prediction
         # Computed in float64, since a thousand factors near 1 are multiplied; kept as float32, all that MPS has.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # section 2, above eq. 4
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         tables = dict(
@@ -391,7 +392,7 @@ class DiffusionModel(nn.Module):
     # ---- Training: Algorithm 1
 
     def draw_timesteps(self, count):
-        """Timesteps to train on: -> (count,) int64 in 0..n_steps-1, one from each of `count` equally likely ranges."""
+        """Timesteps to train on, stratified: -> (count,) int64, one in each of `count` equally likely ranges."""
         device = self.betas.device
         # Each timestep is as likely as with independent draws, but the loss varies less from batch to batch.
         quantiles = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
@@ -399,11 +400,11 @@ class DiffusionModel(nn.Module):
             return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)    # rounding can reach n_steps
         # ln(sigma / alpha) is normal (Karras et al. 2022, table 1; mean -1.2 there, -0.8 was better here). Half of all
         # uniform t of the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
-        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
-        return torch.searchsorted(-(self.lambdas[1:] + self.lambdas[:-1]) / 2, wanted)      # the nearest timestep
+        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)    # the quantiles of that normal
+        return torch.searchsorted(-(self.lambdas[1:] + self.lambdas[:-1]) / 2, wanted)  # midpoints: the nearest t
 
     def q_sample(self, x_start, t, noise=None):
-        """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W) in [-1, 1], t (B,) int64 -> like x_start."""
+        """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W) in [-1, 1], t an int or (B,) -> like x_start."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_start + sigma * noise
@@ -413,7 +414,7 @@ class DiffusionModel(nn.Module):
         return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
 
     def forward(self, x_start, y=None, t=None, noise=None):
-        """The training loss (Algorithm 1; eq. 14, or its like for v): x_start (B, C, H, W) in [-1, 1] -> scalar.
+        """The training loss (Algorithm 1; eq. 14, or the same for v): x_start (B, C, H, W) in [-1, 1] -> scalar.
 
         y: labels (B,) or None. t (B,) and noise, like x_start: drawn at random where None.
         """
@@ -430,7 +431,7 @@ class DiffusionModel(nn.Module):
         """Estimate x_0 from x_t: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # Ho and Salimans 2022, eq. 6, with guidance = 1 + their w; both halves in one batch
+        else:  # away from "no class" (Ho and Salimans 2022, eq. 6; guidance = 1 + their w); both halves in one batch
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
             conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
@@ -438,18 +439,18 @@ class DiffusionModel(nn.Module):
         if self.prediction == "noise":
             x_0 = (x_t - sigma * prediction) / alpha                        # eq. 4, solved for x_0
         else:
-            x_0 = alpha * x_t - sigma * prediction                          # Salimans and Ho 2022, section 4
+            x_0 = alpha * x_t - sigma * prediction      # = (alpha^2 + sigma^2) * x_0; Salimans and Ho 2022, section 4
         return x_0.clamp(-1, 1)  # no image lies outside; later steps would make the error larger
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
-        """From x_t to the less noisy x_s, aiming at the image x_0 (Song et al. 2021, eq. 12): -> x_s, like x_t.
+        """Mix x_0 with the noise that is in x_t, in the shares of s (Song et al. 2021, eq. 12): -> x_s, like x_t.
 
-        t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the noise is new_noise: 0 none; 1 as
-        much as in the posterior q(x_s | x_t, x_0), whose mean and variance are eq. 7 where s = t - 1.
+        x_0: the image aimed at. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the noise is
+        replaced by new_noise: 0 none; 1 as much as in the posterior q(x_s | x_t, x_0), eq. 7 where s = t - 1.
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Computed again, not the network's own: where x_0 was clipped, only this noise and x_0 still add up to x_t.
+        # Not the network's own: where x_0 was clipped or extrapolated, only this noise and x_0 still add up to x_t.
         noise = (x_t - alpha_t * x_0) / sigma_t                             # eq. 4, solved for the noise
         # The beta of the whole way from s to t, 1 - (alpha_t / alpha_s)^2, written so that it is accurate when small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
@@ -459,8 +460,7 @@ class DiffusionModel(nn.Module):
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
         """One ancestral step (Algorithm 2, lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}, like x_t."""
-        # Of the two variances that Ho et al. name (section 3.2) the posterior's: it also serves where steps are left
-        # out, and is 0 at t = 0, so that no noise is left in the picture.
+        # Of Ho et al.'s two variances (section 3.2) the posterior's: 0 at t = 0, so no noise is left in the picture.
         return self.step(x_t, self.predict_x_start(x_t, t, y), t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
@@ -475,18 +475,16 @@ class DiffusionModel(nn.Module):
             return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
         lambdas = self.lambdas.cpu().double()
-        # The last timesteps of cosine hold nothing but noise: start no lower than -5.1 there, as that code does.
+        # The noisiest timesteps of cosine show nothing of the image: as in that code, start it no lower than -5.1.
         start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, dtype=torch.float64, device="cpu")
-        nearest = {(lambdas - value).abs().argmin().item() for value in wanted}  # two may have the same nearest one
-        return sorted(nearest, reverse=True)
+        return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)   # none twice
 
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
                strength=1.0, mask=None, progress=True, callback=None, x_T=None):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
 
-        sampler: "ddpm" (ancestral, Ho et al.), "ddim" (eta = 0, Song et al.), "dpm++" (DPM-Solver++(2M), Lu et al.) or
-        an entry of your own in SAMPLERS. steps: how often the network is called; None: the sampler's default.
+        sampler: a name in SAMPLERS. steps: how often the network is called (dpm++: at most); None: its default.
         y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
@@ -507,14 +505,15 @@ class DiffusionModel(nn.Module):
                 raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
             x_t = self.q_sample(init_image, timesteps[0], x_t)
 
+        kind = SAMPLERS[sampler]
+        before = None
+        pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
+
         def denoise(x_t, t):
             x_t = x_t.contiguous(memory_format=memory_format(device))
             return self.predict_x_start(x_t, torch.full(shape[:1], t, device=device), y, guidance)
-        kind = SAMPLERS[sampler]
-        before = None
-        pairs = list(zip(timesteps, [*timesteps[1:], -1]))
         with torch.inference_mode(), eval_mode(self.model), autocast(device):
-            for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2; from timestep t to the next, s
+            for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2
                 now = Step(t, s, x_t, denoise(x_t, t))
                 if callback is not None:
                     callback(i, t, x_t, now.x_0)
@@ -543,12 +542,12 @@ class DiffusionModel(nn.Module):
         if guidance != 1 and (y is None or num_classes is None):
             raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
         if mask is not None and init_image is None:
-            raise ValueError("a mask needs an init_image, whose pixels to keep")
+            raise ValueError("a mask needs an init_image, whose pixels it keeps")
         if not 0 <= strength <= 1 or shape[0] < 1:
             raise ValueError(f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}")
         if init_image is None and self.alphas_cumprod[-1] > 0.01:
             warnings.warn(f"the noisiest timestep still holds {self.alphas_cumprod[-1]:.0%} of the image's variance: "
-                          f"from pure noise it draws wrongly; raise beta_end")
+                          f"sampling from pure noise will go wrong; raise beta_end")
         return (tensor("y", y, shape[:1], 0, num_classes or math.inf, torch.int64), tensor("mask", mask, shape, 0, 1),
                 tensor("init_image", init_image, shape, -1.001, 1.001), tensor("x_T", x_T, shape, -math.inf, math.inf))
 
@@ -569,7 +568,7 @@ def replacing(path):
             os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
-        raise OSError(f"{path} could not be written, what was there is unchanged: {brief(error)}") from None
+        raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from None
     finally:
         with contextlib.suppress(OSError):  # nothing to remove where the folder could not be made
             temporary.unlink()
@@ -615,7 +614,7 @@ class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
 
     With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and draws t lognormally.
-    unet_options: others of SimpleUNet. By default the smallest images have attention, unless larger than 16x16.
+    unet_options: further ones, of SimpleUNet. By default the last level has attention if it works at 16x16 or less.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
@@ -644,7 +643,7 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """Sample images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample, in [-1, 1]."""
+        """Sample images: -> (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample, images in [-1, 1]."""
         shape = (batch_size, self.model.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
@@ -706,11 +705,11 @@ class TrainConfig:
     dropout: float = option(0.0, "share of the residual blocks' values dropped in training", least=0, below=1)
     n_steps: int = option(1000, "timesteps of the diffusion process")
     schedule: str = option("linear", "noise schedule: linear or cosine")
-    prediction: str = option("v", "what the network predicts: v (mixed of noise and image) or noise")
+    prediction: str = option("v", "what the network predicts: v (a mix of noise and image) or noise")
     t_distribution: str = option("lognormal", "timesteps to train on: lognormal (where most is learned) or uniform")
     unconditional: bool = option(False, "ignore the classes of the data")
-    no_flip: bool = option(False, "never mirror the images: for letters, digits and all that has a left and a right")
-    sample_every: int = option(5, "epochs between grids of samples and exports; with --images 20 in all", least=1)
+    no_flip: bool = option(False, "never mirror the images: for letters, digits and whatever has a left and a right")
+    sample_every: int = option(5, "epochs between grids and exports; with --images there are about 20 in all", least=1)
     seed: int = option(0, "of the weights, the order of the data and all noise", least=0, below=2**31)
     device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
     compile: bool = option(False, "compile the network with torch.compile")
@@ -774,32 +773,33 @@ def begin_model(config, in_channels, class_names):
 
 
 class TrainingRun:
-    """A run: the network, its average, the optimisers, and how far they have come.
+    """A run: the network, its average, the optimisers, and how far they have come. processes: support.Processes.
 
-    A step's random numbers follow from seed, step and process alone. So a run that was stopped anywhere goes on as if
-    it had not been, and no random state has to be saved.
+    A step's random numbers follow from seed, step and rank (which of the processes it is) alone. So a run that was
+    stopped anywhere goes on as if it had not been, and no random state has to be saved.
     """
 
     def __init__(self, config, images, labels, class_names, processes, make_optimizers=make_optimizers):
         self.config = config
         self.processes = processes
         self.out = Path(config.out).resolve()
-        device = processes.device
         self.batch_size = min(config.batch_size, len(images)) // processes.count * processes.count
         if self.batch_size == 0 or config.batch_size % processes.count:
             raise ValueError(f"--batch-size {config.batch_size}, {len(images)} images: {processes.count} processes "
                              f"cannot share them evenly")
         self.steps_per_epoch = len(images) // self.batch_size  # images that do not fill a batch wait for another epoch
-        self.epochs = config.epochs if config.images is None else max(1, round(config.images / len(images)))
+        epochs = config.epochs if config.images is None else config.images / self.steps_per_epoch / self.batch_size
+        self.epochs = max(1, round(epochs))
         self.total_steps = self.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
         self.model = begin_model(config, images.shape[1], None if config.unconditional else class_names)
         self.origin = support.origin_of(config.init)                        # for model_info.json
+        device = processes.device
         self.model.to(device, memory_format=memory_format(device))
         # All of the data as uint8 on the device: a batch is an index away, and no worker process is needed.
         self.images = support.with_channels(images, self.model.model.config["in_channels"]).to(device)
         self.labels = None if self.model.class_names is None else labels.to(device)
-        # A moving average of the weights over the steps: what is drawn from and exported.
+        # The moving average of the weights draws better pictures than any one step's: it is what is exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model.model, config.lr)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -823,7 +823,7 @@ class TrainingRun:
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        # For all random numbers from here on: a seed of its own for each step and process.
+        # A seed of its own for each step and rank: all random numbers from here on follow from it.
         torch.manual_seed((seed + self.step) * self.processes.count + self.processes.rank)
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
@@ -838,7 +838,7 @@ class TrainingRun:
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         update_ema(self.ema, self.model, self.step)
-        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))   # a bad gradient is a bad loss too
+        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))   # nan marks a bad gradient, too
 
     def fetch_losses(self):
         """The losses of this epoch's steps as numbers (it waits for the GPU). One that is not finite is an error."""
@@ -880,7 +880,7 @@ class TrainingRun:
                 changed.append(f"{state['images']} images, not {len(self.images)}")
             if not changed:
                 self.restore(state)
-        if changed:
+        if changed:  # outside of `reading`, which would call the file damaged
             raise ValueError(f"the run in {self.out} was begun with {', '.join(changed)}: give the same or --restart, "
                              f"or begin another --out from its weights with --init")
         return True
@@ -896,7 +896,7 @@ class TrainingRun:
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
         if state["memory_format"] != str(memory_format(self.images.device)):
-            return  # on another kind of device: Muon's matrices have other columns there, so momentum begins anew
+            return  # Muon's matrices have their columns in another order there: the optimisers begin without momentum
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             support.restore_optimizer(optimizer, saved)
 
@@ -929,7 +929,7 @@ def train(config, make_optimizers=make_optimizers):
             if epoch_done:
                 report.epoch(run.end_epoch())
             stop = processes.largest(received[0] if received else 0)        # all of them stop after the same step
-            # A crash costs five minutes at most; where an epoch takes but a second, not each is worth a file.
+            # A crash costs five minutes at most; where an epoch takes only a second, not every one is worth a file.
             if stop or run.step == run.total_steps or run.seconds - saved > (20 if epoch_done else 300):
                 run.save()
                 saved = run.seconds

@@ -7,16 +7,15 @@
     save_grid(images, "ten.png", columns=5)
 
 On the command line:
-
     python inference_example.py                                    eight of each class, a row a class
-    python inference_example.py --class cat ship -n 10             a row of ten cats above a row of ten ships
-    python inference_example.py --guidance 3 --sampler ddpm        more typical of the class; slower, finer steps
+    python inference_example.py -n 40                              forty, the classes in turn: a column of each
+    python inference_example.py --class cat ship -n 10 --guidance 3      ten cats above ten ships, typical ones
     python inference_example.py -n 50000 --save-each FOLDER        single files, to measure; goes on where it stopped
     python inference_example.py --class dog --init-image FILE --strength 0.6     redraw a picture; 0 leaves it alone
     python inference_example.py --class dog --init-image FILE --mask FILE        repaint it where the mask is white
     python inference_example.py --class horse --interpolate 3 8    from the picture of seed 3 to that of seed 8
     python inference_example.py --denoising                        from noise to picture, strip and GIF: x_t above x_0
-The noise of picture i comes from seed + i, however many are drawn. All flags: --help.
+Picture i is drawn from seed + i. All flags: --help.
 """
 import argparse
 import math
@@ -31,7 +30,7 @@ from diffusion_model import SAMPLERS, SimpleDiffusion
 from support import (Parser, SingleFiles, ends_in_one_line, from_uint8, read_picture, save_denoising, save_grid,
                      to_uint8, tune_torch)
 
-GUIDANCE = 2.0   # above 1: more typical of the class; of 1, 1.5 and 2 the best (README, Quality)
+GUIDANCE = 2.0   # above 1: more typical of the class; the best of those tried (tests/MEASURED.md)
 BATCH = 16       # pictures at a time, so that any number of them fits in memory; more are no faster on a CPU
 GRID = 400       # more pictures than these make no grid; --save-each then goes on where it stopped
 
@@ -75,7 +74,7 @@ def parse(argv):
     add("-n", type=int, help="how many (default: 8 of each class); with --class of each, with --interpolate in a row")
     add("--class", dest="classes", nargs="+", metavar="NAME", default=[], help="classes, a row each, or all")
     add("--guidance", type=float, help=f"weight of the class, if there is one (default {GUIDANCE}; 1: as trained)")
-    add("--sampler", choices=SAMPLERS, default="dpm++", help="(default dpm++)")
+    add("--sampler", choices=SAMPLERS, default="dpm++", help="(default dpm++); ddpm is the slow original")
     add("--steps", type=int, help="network calls a picture (by default what is usual for the sampler)")
     add("--seed", type=int, default=0, help="of the first picture (default 0)")
     add("--checkpoint", type=Path, default=Path("diffusion_model.pth"), metavar="FILE", help="(default %(default)s)")
@@ -105,10 +104,11 @@ def layout(args, names):
     if not rows and (args.interpolate or not (args.n or args.denoising)):
         rows = names
     if rows:
-        n = args.n or (1 if args.denoising else 8)
+        n = args.n or (1 if args.denoising else max(1, min(8, GRID // len(names))))
         return [names.index(name) for name in rows for _ in range(n)], n
     n = args.n or (4 if args.denoising else 8 if args.interpolate else 16)
-    return [i % len(names) if names else None for i in range(n)], n if args.interpolate else math.ceil(math.sqrt(n))
+    columns = len(names) if 5 <= len(names) <= 16 and n % len(names) == 0 else math.ceil(math.sqrt(n))
+    return [i % len(names) if names else None for i in range(n)], n if args.interpolate else columns
 
 
 def draw(args):

@@ -33,19 +33,18 @@ def test_model_info_is_about_these_weights():
 
 
 def test_the_readme_quotes_model_info():
-    readme = (ROOT / "README.md").read_text()
+    readme, measured = (ROOT / "README.md").read_text(), (ROOT / "tests" / "MEASURED.md").read_text()
     quality = INFO["evaluation"]
-    assert f"{INFO['epochs']} epochs" in readme
-    assert f"{INFO['final_loss']:.3f}" in readme and f"{INFO['parameters'] / 1e6:.1f} M" in readme
-    for ending in ("", "_at_default_guidance"):
-        assert f"| 5,000 | {quality['fd' + ending]} | {quality['coverage' + ending]} | " in readme
-        assert f"| {quality['accuracy' + ending]:.2f} |" in readme
+    assert f"{INFO['epochs']} epochs" in readme and f"{INFO['final_loss']:.3f}" in readme
+    assert f"{INFO['parameters'] / 1e6:.1f} M" in readme and quality["N"] == 5000
+    for guidance, ending in (("1", ""), (f"{quality['default_guidance']:g}", "_at_default_guidance")):
+        row = " | ".join([guidance, *(f"{quality[name + ending]:{form}}" for name, form in
+                                      (("fd", ""), ("coverage", ".2f"), ("accuracy", ".2f")))])
+        assert f"| {row} |" in readme
     assert quality["default_guidance"] == inference_example.GUIDANCE
-    anchor = INFO["anchor"]  # a plain recipe, after the same time on the same machine
+    anchor = INFO["anchor"]  # a plain recipe, on the same machine
     assert all(anchor[name] == quality[name] for name in ("N", "seed", "sampler", "steps"))
-    assert anchor["training_minutes"] == INFO["training_minutes"] and anchor["fd"] >= 4 * quality["fd"]
-    assert f"| 5,000 | {anchor['fd']} | {anchor['coverage']} | " in readme
-    assert f"{anchor['images_seen']:,} images" in readme
+    assert f"| {anchor['fd']} | {anchor['coverage']} |" in measured and f"{anchor['images_seen']:,} images" in measured
 
 
 PEAK = """
