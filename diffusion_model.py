@@ -2,7 +2,7 @@
 
     python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, and pictures to samples/
     python inference_example.py      draws pictures from diffusion_model.pth
-    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out mine     on your pictures
+    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own   on your pictures
 
 A run that was stopped goes on when the same command is given again. All flags: --help. From Python:
 
