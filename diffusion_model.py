@@ -794,11 +794,10 @@ class TrainingRun:
         torch.manual_seed(config.seed)
         self.model = begin_model(config, images.shape[1], None if config.unconditional else class_names)
         self.origin = support.origin_of(config.init)                        # for model_info.json
-        device = processes.device
-        self.model.to(device, memory_format=memory_format(device))
+        self.model.to(processes.device, memory_format=memory_format(processes.device))
         # All of the data as uint8 on the device: a batch is an index away, and no worker process is needed.
-        self.images = support.with_channels(images, self.model.model.config["in_channels"]).to(device)
-        self.labels = None if self.model.class_names is None else labels.to(device)
+        self.images = support.with_channels(images, self.model.model.config["in_channels"]).to(processes.device)
+        self.labels = None if self.model.class_names is None else labels.to(processes.device)
         # The moving average of the weights draws better pictures than any one step's: it is what is exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model.model, config.lr)

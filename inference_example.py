@@ -5,7 +5,6 @@
     model = SimpleDiffusion.load("diffusion_model.pth")
     images = model.sample(10, y=range(10), guidance=2, seed=0)     # one of each class: (10, 3, 32, 32) in [0, 1]
     save_grid(images, "ten.png", columns=5)
-
 On the command line:
     python inference_example.py                                    eight of each class, a row a class
     python inference_example.py -n 40                              forty, the classes in turn: a column of each

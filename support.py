@@ -350,7 +350,7 @@ def ends_in_one_line():
 
 
 def tune_torch():
-    """Settings that make a CPU step a third faster, and a GPU's convolutions the fastest there are."""
+    """Settings of torch and of the C library that make a step faster."""
     torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: a CPU is many times slower with them
     torch.backends.cudnn.benchmark = True  # all batches have one shape: worth trying which convolution is fastest
     with contextlib.suppress(OSError, AttributeError):  # only Linux has glibc
@@ -405,6 +405,7 @@ class Processes:
             atexit.register(torch.distributed.destroy_process_group)
 
     def check_equal(self, number, what):
+        """ValueError if not all processes have the same number."""
         if self.largest(number) != -self.largest(-number):
             raise ValueError(f"the processes do not find the same {what}")
 

@@ -150,6 +150,14 @@ def test_odd_init_images(here, mode, shape):
     assert np.array_equal(image, support.read_picture("any.png", SIZE).permute(1, 2, 0).numpy())
 
 
+def test_a_grey_network_starts_from_any_picture(here):
+    """The picture is made grey for it."""
+    perturb(diffusion_model.SimpleDiffusion(SIZE, **TINY, in_channels=1)).save("grey.pth")
+    save_picture("init.png", (SIZE, SIZE, 3))
+    image, = draw_each(here / "each", "--checkpoint", "grey.pth", "-n", 1, "--init-image", "init.png", "--strength", 0)
+    assert np.abs(image[..., 0] - np.asarray(Image.open("init.png").convert("L")).astype(int)).max() <= 1
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_interpolation(here, sampler):
     """The ends of each row are the plain pictures of the two seeds, and no two neighbours are equal."""
@@ -216,7 +224,7 @@ def test_harmless_combinations(here, flags):
     ("--init-image init.png --strength 1.5", "--strength"), ("--init-image init.png --strength nan", "--strength"),
     ("--init-image none.png", "none.png"), ("--init-image diffusion_model.pth", "not a readable picture"),
     ("--mask init.png", "--mask"), ("--init-image init.png --mask none.png", "none.png"),
-    ("--denoising -n 17", "-n"),
+    ("--denoising -n 17", "-n"), ("-n 401", "--save-each"),
 ])
 def test_mistakes(here, capsys, args, word):
     """Each ends in one line that names the flag, before anything is written."""

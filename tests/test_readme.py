@@ -156,3 +156,5 @@ def test_parts_0_to_3_in_a_project_of_ones_own(tmp_path):
         (tmp_path / "use.py").write_text(OF_ONES_OWN.replace("from mine", f"from {module}"))
         used = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
         assert used.stdout == "drawn\n", used.stderr
+    used = subprocess.run([sys.executable, "whole.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert used.returncode != 0 and "needs support.py" in used.stderr and "Traceback" not in used.stderr

@@ -625,6 +625,15 @@ def test_one_of_two_processes_is_stopped(tmp_path, victim, number):
             process.kill()
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    """An error that says what to do, and no process group."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--nproc_per_node"):
+        support.Processes(torch.device("cuda"))
+
+
 def test_machines_that_do_not_share_a_folder(tmp_path):
     """One process finds the state of a stopped run, the other, in a folder of its own, does not: both refuse."""
     finish(tmp_path / "0", "--epochs", 1)
