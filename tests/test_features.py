@@ -246,6 +246,7 @@ def test_four_pictures_are_learned_by_heart():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction", ["noise", "v"])
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 50), ("ddim", 28), ("dpm++", 10), ("dpm++", 20)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # those of diffusers are its own
 def test_diffusers_draws_the_same(monkeypatch, sampler, steps, prediction, schedule):
     """The schedulers of diffusers, an independent implementation, draw our pictures with our network.
 
