@@ -329,8 +329,7 @@ SAMPLERS = {
 
 
 def noise_of_seeds(shape, seed, device):
-    """A function that draws noise of that shape (N, ...), image i from a generator of its own, seeded seed + i."""
-    # On the CPU: so the noise depends on the seed alone, not on batch or device.
+    """A function that draws noise of that shape (N, ...): image i from seed + i alone, whatever batch and device."""
     seed = torch.Generator().seed() % 2**31 if seed is None else seed       # seed() draws one from the system
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     return lambda: torch.stack([torch.randn(shape[1:], generator=g, device="cpu") for g in generators]).to(device)
@@ -481,11 +480,12 @@ class DiffusionModel(nn.Module):
         return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)   # none twice
 
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
-               strength=1.0, mask=None, progress=True, callback=None, x_T=None):
+               strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
 
         sampler: a name in SAMPLERS. steps: how often the network is called (dpm++: at most); None: its default.
         y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
+        guidance_interval: the range of sigma / alpha that has guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724).
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
@@ -510,8 +510,9 @@ class DiffusionModel(nn.Module):
         pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
 
         def denoise(x_t, t):
+            guided = guidance_interval[0] <= math.exp(-self.lambdas[t]) <= guidance_interval[1]
             x_t = x_t.contiguous(memory_format=memory_format(device))
-            return self.predict_x_start(x_t, torch.full(shape[:1], t, device=device), y, guidance)
+            return self.predict_x_start(x_t, torch.full(shape[:1], t, device=device), y, guidance if guided else 1.0)
         with torch.inference_mode(), eval_mode(self.model), autocast(device):
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2
                 now = Step(t, s, x_t, denoise(x_t, t))
@@ -756,8 +757,7 @@ def make_optimizers(network, lr):
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
-    # The rest touches pixels or labels (stem, head, class embedding), or it is a norm or a bias.
-    rest = [parameter for parameter in network.parameters() if parameter not in set(maps)]
+    rest = [p for p in network.parameters() if p not in set(maps)]   # of pixels, of labels, norms, biases
     # match_rms_adamw: updates as large as AdamW's would be, so that the two rates are of one size.
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]

@@ -407,6 +407,24 @@ def test_guidance(w):
     assert sorted(labels.tolist()) == ([0, 1, 2] if w == 1 else [0, 1, 2, 3, 3, 3]) and len(x_t) == len(labels)
 
 
+@pytest.mark.parametrize("low, high", [(0.2, 5), (0, math.inf), (5, 0.2)])
+def test_guidance_interval(low, high):
+    """Inside the interval of sigma / alpha as above, outside of it in one call as without guidance: DDIM by hand."""
+    c, u = torch.tensor([0.1, 0.2, -0.1]), 0.05
+    network = Stub(lambda x, t, y: x / 2 + torch.cat([c, torch.tensor([u])])[y].view(-1, 1, 1, 1))
+    process, (alphas, sigmas) = DiffusionModel(network, prediction="v"), truth()
+    result = process.sample((2, 3, 4, 4), "ddim", 10, y=torch.tensor([0, 1]), guidance=3, seed=0, progress=False,
+                            guidance_interval=(low, high))
+    x, visited = noise_of(0, result.shape)[0], process.timesteps("ddim", 10)
+    for t, s, (x_t, _, _) in zip(visited, [*visited[1:], None], network.calls, strict=True):
+        inside = low <= sigmas[t] / alphas[t] <= high
+        assert len(x_t) == (4 if inside else 2)
+        v = x / 2 + (u + (3 if inside else 1) * (c[:2] - u)).view(2, 1, 1, 1)
+        x_0 = (alphas[t] * x - sigmas[t] * v).clamp(-1, 1)
+        x = x_0 if s is None else alphas[s] * x_0 + sigmas[s] * (x - alphas[t] * x_0) / sigmas[t]
+    close(result, x, 1e-4)
+
+
 @pytest.mark.parametrize("inpaint", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_seeds(sampler, inpaint):
