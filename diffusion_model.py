@@ -73,8 +73,7 @@ def has_bfloat16(device):
 
 
 def autocast(device):
-    """Convolutions and matrix products in bfloat16 where that is fast; weights, tables and the loss stay float32."""
-    # Never float16: its range is too small to train in without loss scaling.
+    """bfloat16 for convolutions and matrix products, where it is fast. Never float16, which needs loss scaling."""
     return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else contextlib.nullcontext()
 
 
@@ -111,9 +110,8 @@ def progress_bar(steps, show):
 def time_embedding(t, width):
     """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) in 0..n_steps-1 -> (B, width) float32."""
     half = (width + 1) // 2                                                 # rounded up: width may be odd
-    # All in float32: in bfloat16 neighbouring timesteps would be equal.
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angles = t.float()[:, None] * frequencies                               # (B, half)
+    angles = t.float()[:, None] * frequencies           # (B, half); in bfloat16 neighbouring timesteps would be equal
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]
 
 
@@ -367,6 +365,9 @@ class DiffusionModel(nn.Module):
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
+        if alphas_cumprod[-1] > 0.01:
+            warnings.warn(f"the noisiest timestep still holds {alphas_cumprod[-1]:.0%} of the image's variance: "
+                          f"sampling from pure noise will go wrong; raise beta_end or n_steps")
         tables = dict(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
@@ -518,9 +519,8 @@ class DiffusionModel(nn.Module):
                 now = Step(t, s, x_t, denoise(x_t, t))
                 if callback is not None:
                     callback(i, t, x_t, now.x_0)
-                # Lines 3 and 4, for any sampler.
                 new_noise = draw_noise() if kind.eta > 0 and s >= 0 else 0.0
-                x_t = self.step(x_t, kind.aim(self, now, before, denoise), t, s, kind.eta, new_noise)
+                x_t = self.step(x_t, kind.aim(self, now, before, denoise), t, s, kind.eta, new_noise)   # lines 3 and 4
                 if mask is not None:                                        # kept pixels: as noisy as the others
                     x_t = mask * x_t + (1 - mask) * self.q_sample(init_image, s, draw_noise())
                 before = now
@@ -546,9 +546,6 @@ class DiffusionModel(nn.Module):
             raise ValueError("a mask needs an init_image, whose pixels it keeps")
         if not 0 <= strength <= 1 or shape[0] < 1:
             raise ValueError(f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}")
-        if init_image is None and self.alphas_cumprod[-1] > 0.01:
-            warnings.warn(f"the noisiest timestep still holds {self.alphas_cumprod[-1]:.0%} of the image's variance: "
-                          f"sampling from pure noise will go wrong; raise beta_end")
         return (tensor("y", y, shape[:1], 0, num_classes or math.inf, torch.int64), tensor("mask", mask, shape, 0, 1),
                 tensor("init_image", init_image, shape, -1.001, 1.001), tensor("x_T", x_T, shape, -math.inf, math.inf))
 
@@ -600,8 +597,8 @@ def check_contents(value, depth=0):
     if isinstance(value, torch.Tensor):
         # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
         repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
-        if repeats or not value.is_floating_point() or not value.isfinite().all():
-            raise ValueError("a tensor in it does not hold finite numbers")
+        if repeats or not (value.is_floating_point() or value.ndim == 0) or not value.isfinite().all():
+            raise ValueError("a tensor does not hold finite numbers")
     elif isinstance(value, dict):
         check_contents([*value, *value.values()], depth)
     elif isinstance(value, (list, tuple)) and depth < 6:  # deeper: a short pickle can nest without end
@@ -858,10 +855,11 @@ class TrainingRun:
     def save(self):
         """Write all that a run needs to go on as if it had not been stopped."""
         state = dict(model=self.model.model.state_dict(), ema=self.ema.model.state_dict(),
-                     optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
+                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                      memory_format=str(memory_format(self.images.device)), step=self.step, seconds=self.seconds,
                      losses=self.fetch_losses(), epoch_losses=self.epoch_losses, images=len(self.images),
                      origin=self.origin, config=asdict(self.config))
+        check_contents(state)  # what could not be read again must not replace what can
         if self.processes.rank == 0:
             with replacing(self.out / "training_state.pth") as temporary:
                 torch.save(state, temporary)
@@ -908,6 +906,7 @@ def train(config, make_optimizers=make_optimizers):
     """
     support.tune_torch()
     processes = support.Processes(pick_device(config.device))
+    begin_model(config, 3, None)  # for nothing but its errors, so that they come before the data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
         data = load_images(config.data, config.image_size, config.limit)
     run = TrainingRun(config, *data, processes, make_optimizers)

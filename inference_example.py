@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_model import SAMPLERS, SimpleDiffusion
+from diffusion_model import SAMPLERS, SimpleDiffusion, progress_bar
 from support import (Parser, SingleFiles, ends_in_one_line, from_uint8, read_picture, save_denoising, save_grid,
                      to_uint8, tune_torch)
 
@@ -40,7 +40,7 @@ def batches(model, labels, first=0, seed=None, **options):
     Picture i is drawn with seed + i. options: those of SimpleDiffusion.sample; of a tensor among them that has an
     entry for each picture, a batch gets its own.
     """
-    for begin in range(first, len(labels), BATCH):
+    for begin in progress_bar(range(first, len(labels), BATCH), options.get("progress") and len(labels) > BATCH):
         part = slice(begin, begin + BATCH)
         y = None if None in labels[part] else labels[part]
         here = {name: value[part] if getattr(value, "ndim", 0) == 4 and len(value) == len(labels) else value
@@ -130,8 +130,8 @@ def draw(args):
         options["x_T"] = interpolated_noise(model, *args.interpolate, columns).repeat(count // columns, 1, 1, 1)
     if args.denoising:
         options["callback"] = lambda i, t, *pair: moments.append(to_uint8((torch.stack(pair) + 1) / 2).cpu())
-        if count > BATCH:
-            raise ValueError(f"--denoising shows at most {BATCH} pictures, not {count}: choose a smaller -n")
+        if count > BATCH or args.out.suffix == ".gif":
+            raise ValueError(f"--denoising shows at most {BATCH} pictures; --out is the strip, the GIF goes beside it")
     started = time.monotonic()
     endings = ["_" + re.sub(r"[^\w-]+", "-", name) for name in names]       # a name from a file may hold / and ..
     files = [f"{i:05d}{endings[label] if names else ''}.png" for i, label in enumerate(labels)]
@@ -147,7 +147,8 @@ def draw(args):
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
     print(f"{count} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
           f"{len(model.diffusion.timesteps(args.sampler, args.steps))} steps, guidance {options['guidance']:g}")
-    print("wrote", *([args.out.resolve()] if images else []), *([args.save_each.resolve()] if args.save_each else []))
+    gif = args.out.with_suffix(".gif") if args.denoising else None
+    print("wrote", *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path))
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ import json
 import math
 import operator
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -61,16 +62,20 @@ def draw_shapes(image_size, count, seed=0):
     return images, labels, list(SHAPES)
 
 
-def open_picture(path):
-    """Any picture file -> a PIL image: upright, RGB, on white if transparent."""
+def open_picture(path, size):
+    """Any picture file -> a PIL image: upright, RGB, on white if transparent; of a large JPEG what `size` needs."""
     import numpy
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as file:
+            file.draft("RGB", (2 * size, 2 * size))  # an eighth of a photograph is decoded eight times as fast
             picture = ImageOps.exif_transpose(file)
         if picture.mode.startswith(("I", "F")):  # 16 bits and more: PIL would make all above 255 white
             values = numpy.asarray(picture, dtype=float)
-            values = values / 257 if picture.mode.startswith("I;16") or values.max() > 255 else values  # 65535 -> 255
+            if picture.mode.startswith("I;16") or values.max() > 255:
+                values = values / 257                                       # 65535 -> 255
+            elif picture.mode == "F" and values.max() <= 1:
+                values = values * 255
             picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -89,7 +94,7 @@ def to_square(picture, image_size):
 
 def read_picture(path, image_size, channels=3):
     """Any picture file -> uint8 (channels, S, S), resized and cropped to its centre; grey where channels is 1."""
-    picture = open_picture(path)
+    picture = open_picture(path, image_size)
     return to_square(picture if channels == 3 else picture.convert("L").convert("RGB"), image_size)[:channels]
 
 
@@ -101,12 +106,14 @@ def note(line):
 
 def load_folder(folder, image_size, limit):
     """All pictures below `folder`. Its immediate subfolders are the classes, unless pictures lie beside them."""
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-    paths = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    from tqdm import tqdm
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     images, kept, unreadable, cut = [], [], [], []
-    for path in sorted(paths)[:limit]:
+    for path in tqdm(sorted(paths)[:limit], desc="reading", leave=False, disable=not sys.stderr.isatty()):
         try:
-            picture = open_picture(path)
+            picture = open_picture(path, image_size)
         except ValueError as error:
             unreadable.append(error)
             note(f"skipped: {error}")
@@ -138,8 +145,11 @@ def with_channels(images, channels):
     return images.expand(-1, channels, -1, -1)
 
 
+CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+
+
 def is_cifar10(data):
-    return data == "cifar10" or (Path(data) / "cifar-10-batches-py").is_dir()
+    return data == "cifar10" or any((Path(data) / name).exists() for name in ("cifar-10-batches-py", CIFAR10_ARCHIVE))
 
 
 def load_images(data, image_size=32, limit=None):
@@ -159,11 +169,13 @@ def load_images(data, image_size=32, limit=None):
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data).resolve()
     try:
-        cifar = CIFAR10(root, train=True, download=(data == "cifar10"))     # checks the checksums of what is there
+        # With download=True it also unpacks an archive that was fetched by hand. Either way it checks the checksums.
+        cifar = CIFAR10(root, train=True, download=data == "cifar10" or (root / CIFAR10_ARCHIVE).exists())
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 could not be loaded ({error}): fetch it with curl, which goes on where it "
-                         f"broke off: curl -C - --create-dirs -o {root / CIFAR10.filename} {CIFAR10.url}; "
-                         f"or train without it: --data shapes, or --data FOLDER of your images") from None
+        raise ValueError(f"CIFAR-10 could not be loaded ({error}): fetch it with curl, which goes on where it broke "
+                         f"off: curl -C - --create-dirs -o {shlex.quote(str(root / CIFAR10_ARCHIVE))} {CIFAR10.url} "
+                         f"(a mirror will do, for its checksum is verified); or train without it: --data shapes, or "
+                         f"--data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
     if image_size != 32:
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
@@ -194,6 +206,13 @@ def save_grid(images, path, columns, scale=None):
     Image.fromarray(make_grid(pixels, nrow=columns).permute(1, 2, 0).numpy()).save(path)
 
 
+def most_alike(images, data):
+    """Of `data`, uint8 (M, C, S, S), the one nearest to each of `images` (N, C, S, S) in [0, 1]: -> like `images`."""
+    either_way = torch.cat([images, images.flip(3)]).flatten(1)             # (2 N, C * S * S): training mirrors, too
+    distances = torch.cat([torch.cdist(part.flatten(1) / 255, either_way) for part in data.split(1000)])    # (M, 2 N)
+    return data[torch.minimum(*distances.chunk(2, dim=1)).argmin(dim=0)] / 255
+
+
 class SingleFiles:
     """Pictures in files of their own in `folder` (None: nowhere). keep: go on after those that are there already.
 
@@ -202,7 +221,8 @@ class SingleFiles:
 
     def __init__(self, folder, names, keep):
         if keep and folder is None:
-            raise ValueError(f"{len(names)} pictures are too many for one grid: add --save-each FOLDER, or lower -n")
+            raise ValueError(f"{len(names)} pictures are too many for one grid: add --save-each FOLDER, or draw fewer "
+                             f"(-n, --class)")
         self.folder, self.names = folder, names
         there = {path.name for path in folder.glob("*.png")} if folder else set()
         if there - set(names):
@@ -212,10 +232,17 @@ class SingleFiles:
         self.first = max(0, done - 1)                                       # the last one again, to compare it
         self.compare = done > 0
 
+    @staticmethod
+    def differs(path, image):
+        """Whether `path` holds another picture than (C, S, S) in [0, 1]; one that was cut off is none."""
+        with contextlib.suppress(ValueError):
+            return (read_picture(path, image.shape[-1]) - 255.0 * image).abs().mean() > 4
+        return False
+
     def save(self, images):
         for image in images if self.folder else []:
             path = self.folder / self.names[self.first]
-            if self.compare and (read_picture(path, image.shape[-1]) - 255.0 * image).abs().mean() > 4:
+            if self.compare and self.differs(path, image):
                 raise ValueError(f"--save-each {self.folder}: name another folder, {path.name} is another picture")
             self.compare = False
             save_grid(image[None], path, columns=1, scale=1)                # a single picture gets no border
@@ -315,13 +342,16 @@ def parse_options(kind, argv, description):
         if entry.type is bool:
             options = dict(action="store_true")
         elif entry.type is tuple:
-            options = dict(type=int, nargs="*", default=default, metavar="")
+            options = dict(type=int, nargs="*", metavar="")
             meaning += f" ({' '.join(map(str, default))})" if default else ""
         else:
-            options = dict(type=entry.type, default=default, metavar="")
+            options = dict(type=entry.type, metavar="")
             meaning += "" if default is None else f" ({default})"
-        parser.add_argument(flag_of(entry.name), help=meaning, **options)
-    return kind(**vars(parser.parse_args(argv)))
+        parser.add_argument(flag_of(entry.name), help=meaning, default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
+    config = kind(**given)
+    config.given = set(given)  # for --init, which a flag can contradict at its default, too
+    return config
 
 
 @contextlib.contextmanager
@@ -457,9 +487,12 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
-def restore_optimizer(optimizer, state):
-    """Give an optimiser the `state` that its state_dict() had: ValueError if it does not fit its parameters."""
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def restore_optimizer(optimizer, saved):
+    """Give an optimiser what its state_dict() was: ValueError if that does not fit its parameters."""
+    if type(optimizer) not in (Muon, torch.optim.AdamW):  # one of your own: what it keeps is its own affair
+        optimizer.load_state_dict(saved)
+        return
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
     for parameter, values in optimizer.state.items():
         for value in values.values():
             if not isinstance(value, (int, type(None))) and getattr(value, "shape", None) not in (parameter.shape, ()):
@@ -470,14 +503,15 @@ def begin_with(source, config, options, class_names):
     """The SimpleDiffusion of --init: the network and the weights of `source`, for classes of these names.
 
     options: those of `config` for a SimpleDiffusion. One that contradicts `source` is a ValueError, unless no weight
-    depends on it; one at its default counts as not given.
+    depends on it. From Python, one at its default counts as not given.
     """
+    given = getattr(config, "given", set())
     theirs = {**source.model.config, **source.diffusion.config, "class_names": class_names}
     theirs["num_classes"] = None if class_names is None else len(class_names)
     for name, ours in options.items():
         if name in ("image_size", "dropout", "t_distribution"):
             theirs[name] = ours
-        elif ours != getattr(type(config), name) and not agree(name, ours, theirs[name]):
+        elif (name in given or ours != getattr(type(config), name)) and not agree(name, ours, theirs[name]):
             raise ValueError(f"{flag_of(name)} {ours} contradicts --init {config.init}, which has {theirs[name]}")
     return with_weights_of(source, type(source)(**theirs))
 
@@ -554,12 +588,16 @@ class Report:
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.model
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
+        names = run.model.class_names or []
+        more = ", ..." if len(names) > 10 else ""
+        classes = f"{len(names)} classes: {', '.join(names[:10])}{more}" if names else "no classes"
         again = f"going on after step {run.step} from {run.out / 'training_state.pth'} (--restart begins again)\n"
         run.processes.say(
             f"{again if resumed else ''}device    {run.images.device}, {precision}\n"
-            f"network   {count_parameters(network) / 1e6:.1f} M parameters, {network.num_classes or 'no'} classes\n"
+            f"network   {count_parameters(network) / 1e6:.1f} M parameters, {classes}\n"
             f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide\n"
-            f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}\n"
+            f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}, "
+            f"learning rate {config.lr:g}\n"
             f"files     {run.out}")
 
     def tensorboard_writer(self):
@@ -575,9 +613,11 @@ class Report:
         """Before the first step: keep an older checkpoint, show what the network is fed, save the state."""
         run, samples = self.run, self.run.out / "samples"
         samples.mkdir(parents=True, exist_ok=True)
+        endings = (f".bak{number}" for number in ["", *range(2, 1000)])
+        free = next(ending for ending in endings if not (run.out / f"diffusion_model.pth{ending}").exists())
         for name in ("diffusion_model.pth", "model_info.json"):
             if (run.out / name).exists():
-                shutil.copyfile(run.out / name, run.out / f"{name}.bak")
+                shutil.copyfile(run.out / name, run.out / f"{name}{free}")
         x, _ = run.batch(torch.arange(min(64, len(run.images))))
         save_grid((x + 1) / 2, samples / "data.png", columns=8)
         process, config = type(run.model.diffusion), run.model.diffusion.config
@@ -613,8 +653,9 @@ class Report:
         if epoch % every == 0 or epoch == run.epochs:
             self.export()
         if epoch == run.epochs:
-            self.bar.write(f"wrote {run.out / 'diffusion_model.pth'}; draw from it: python inference_example.py "
-                           f"--checkpoint {run.out / 'diffusion_model.pth'}", file=sys.stdout)
+            checkpoint = shlex.quote(str(run.out / "diffusion_model.pth"))
+            self.bar.write(f"wrote {checkpoint}; draw from it: python inference_example.py --checkpoint {checkpoint}",
+                           file=sys.stdout)
 
     def export(self):
         """Write diffusion_model.pth, what it is to model_info.json, and four samples that are drawn from it."""
@@ -630,4 +671,6 @@ class Report:
         labels = None if run.labels is None else [i % model.model.num_classes for i in range(4)]
         images = model.sample(4, y=labels, seed=run.config.seed, progress=False)
         save_grid(images, run.out / "samples" / f"epoch_{len(run.epoch_losses):04d}.png", columns=2)
+        # Below each the training picture that is most like it: whoever has few pictures can see what is a copy.
+        save_grid(torch.cat([images, most_alike(images, run.images)]), run.out / "samples" / "nearest.png", columns=4)
         plot_losses(run.epoch_losses, run.out / "samples" / "loss.png")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conftest import ROOT, TINY, assert_error, perturb, run
 
@@ -271,7 +271,7 @@ def damaged_states(data):
     for which, name in ((0, "momentum_buffer"), (1, "exp_avg")):
         for what, value in dict(nan=float("nan"), small=torch.zeros(7), text="x", a_list=[1.0]).items():
             changed = copy.deepcopy(good)
-            changed["optimizers"][which][0][name] = value
+            changed["optimizers"][which]["state"][0][name] = value
             yield f"optimizers hold {what} as {name}", to_bytes(changed)
     for name, value in dict(none=[], one=good["optimizers"][:1], three=good["optimizers"] * 2).items():
         yield f"optimizers are {name}", to_bytes({**good, "optimizers": value})
@@ -436,6 +436,8 @@ def test_pictures_of_every_kind():
     expected = save_pictures("pictures")
     Path("pictures/notes.txt").write_text("no picture")
     Path("pictures/.hidden.png").write_text("no picture")
+    Path("pictures/.checkpoints").mkdir()
+    Path("pictures/.checkpoints/old.png").write_text("no picture")
     images, labels, class_names = load_images("pictures", 16)
     assert images.shape == (len(expected), 3, 16, 16) and images.dtype == torch.uint8
     assert labels is None and class_names is None
@@ -456,6 +458,20 @@ def test_folders_are_classes():
     assert len(load_images("data", 8, limit=2)[0]) == 2
     diffusion_model.main([*RUN, "--data", "data"])
     assert SimpleDiffusion.load(device="cpu").class_names == ["bird", "cat"]
+
+
+def test_photographs():
+    """A JPEG of many pixels is decoded in part only, to nearly the same picture; and a folder of one trains."""
+    Path("photos").mkdir()
+    x, y = np.meshgrid(np.arange(3000), np.arange(2000))
+    photo = Image.fromarray(np.stack([x / 12, y / 8, 127 + 100 * np.sin(x / 200)], axis=2).astype(np.uint8))
+    photo.save("photos/1.jpg", quality=95)
+    image = load_images("photos", 16)[0][0]
+    wanted = np.asarray(ImageOps.fit(photo, (16, 16))).transpose(2, 0, 1)
+    assert np.abs(image.numpy().astype(int) - wanted).max() <= 3
+    assert support.open_picture("photos/1.jpg", 16).size == (375, 250)
+    diffusion_model.main([*RUN, "--data", "photos"])
+    assert SimpleDiffusion.load(device="cpu").class_names is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", "half"])
@@ -486,10 +502,12 @@ def test_data_that_is_not_there(capsys, monkeypatch):
     Path("file").write_text("")
     Path("half/cifar-10-batches-py").mkdir(parents=True)
     Path("half/cifar-10-batches-py/data_batch_1").write_bytes(bytes(1000))
-    Path("data").mkdir()
-    Path("data/cifar-10-python.tar.gz").write_bytes(bytes(1000))
+    for folder in ("data", "fetched"):  # an archive that was fetched by hand, but not to its end
+        Path(folder).mkdir()
+        Path(folder, "cifar-10-python.tar.gz").write_bytes(bytes(1000))
     for data, *words in (("empty", "empty", ".png"), ("nowhere", "nowhere", "shapes"), ("file", "file", "folder"),
                          ("half", "cifar-10-python.tar.gz", str(Path("half").resolve())),
+                         ("fetched", "cifar-10-python.tar.gz", "curl -C -"),
                          ("cifar10", "--data shapes", "cifar-10-python.tar.gz", str(Path("data").resolve()))):
         line = exit_of(diffusion_model.main, capsys, *RUN, "--data", data)
         assert line is not None and all(word in line for word in words), line

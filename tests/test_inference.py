@@ -177,9 +177,10 @@ def test_interpolated_noise_is_as_strong_as_noise():
     assert torch.equal(noise[0], torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3)))
 
 
-def test_denoising(here):
+def test_denoising(here, capsys):
     """x_t above x_0 at ten moments, the last of which is the plain picture in both rows; and a moving picture."""
     strip = tiles(draw("--denoising", "-n", 2, "--steps", 12), 10)
+    assert str(here / "out.png") in (said := capsys.readouterr().out) and str(here / "out.gif") in said
     plain = tiles(draw("-n", 2, "--steps", 12, out="plain.png"), 2)
     assert len(strip) == 40 and strip[0].std() > 80  # which begins with noise
     assert all(np.array_equal(strip[i], plain[i // 20]) for i in (9, 19, 29, 39))
@@ -224,7 +225,7 @@ def test_harmless_combinations(here, flags):
     ("--init-image init.png --strength 1.5", "--strength"), ("--init-image init.png --strength nan", "--strength"),
     ("--init-image none.png", "none.png"), ("--init-image diffusion_model.pth", "not a readable picture"),
     ("--mask init.png", "--mask"), ("--init-image init.png --mask none.png", "none.png"),
-    ("--denoising -n 17", "-n"), ("-n 401", "--save-each"),
+    ("--denoising -n 17", "-n"), ("--denoising --out strip.gif", "--out"), ("-n 401", "--save-each"),
 ])
 def test_mistakes(here, capsys, args, word):
     """Each ends in one line that names the flag, before anything is written."""
@@ -252,6 +253,9 @@ def test_many_files_go_on_where_they_stopped(here, monkeypatch):
         (here / "each" / name).unlink()
     inference_example.main(ten)
     assert {path.name: path.read_bytes() for path in (here / "each").iterdir()} == whole and sizes[3:] == [4]
+    (here / "each" / sorted(whole)[-1]).write_bytes(b"")  # killed while it was written
+    inference_example.main(ten)
+    assert {path.name: path.read_bytes() for path in (here / "each").iterdir()} == whole
     for other in (["--seed", "1"], ["--guidance", "9"], ["-n", "9"]):
         with pytest.raises(SystemExit):
             inference_example.main(ten + other)

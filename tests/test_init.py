@@ -82,6 +82,14 @@ def test_a_flag_that_contradicts_the_file(here, flags):
     new_run(**RUN, hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), dropout=0.3)
 
 
+def test_a_flag_at_its_default_contradicts_as_well(here, capsys):
+    """On the command line, where it is known that it was given."""
+    with pytest.raises(SystemExit):
+        diffusion_model.main([*"--data FOLDER --init source.pth --device cpu --hidden-channels 64".split()])
+    line = capsys.readouterr().err
+    assert line.startswith("error: --hidden-channels 64") and "source.pth, which has 8" in line
+
+
 def test_grey_and_colour(here):
     """Grey pictures will do for a network in colour; the other way round is an error."""
     for path in Path("FOLDER").rglob("*.png"):

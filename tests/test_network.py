@@ -119,14 +119,17 @@ def test_images_do_not_mix(size):
     assert spread(net(x, t, y), torch.cat([net(x[i:i + 1], t[i:i + 1], y[i:i + 1]) for i in range(4)])) < 1e-4
 
 
-@pytest.fixture(params=[1, 4])
+@pytest.fixture(params=[(1, True), (4, True), (1, False), (4, False)])
 def attention(request):
-    """An attention block of 8 channels with one and with four heads, weights of order 1."""
+    """An attention block of 8 channels with one and with four heads, weights of order 1; as it trains and as it draws:
+    with gradients it is written out, without it is PyTorch's own."""
+    heads, gradients = request.param
     torch.manual_seed(0)
-    block = Attention(8, request.param)
+    block = Attention(8, heads)
     for parameter in block.parameters():
         nn.init.normal_(parameter)
-    return block.eval()
+    with torch.set_grad_enabled(gradients):
+        yield block.eval()
 
 
 def test_attention_is_pytorchs(attention):
@@ -139,6 +142,15 @@ def test_attention_is_pytorchs(attention):
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     expected = x + attention.out(h).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_attention_gets_contiguous_tensors(monkeypatch):
+    """On MPS permuted ones gave wrong results without an error (users.md, row 14)."""
+    fused, given = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or fused(*qkv))
+    with torch.no_grad():
+        Attention(8, 4)(torch.randn(2, 8, 4, 6))
+    assert len(given) == 3 and all(tensor.is_contiguous() for tensor in given)
 
 
 def test_attention_knows_no_positions(attention):
