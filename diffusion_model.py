@@ -4,13 +4,13 @@
     python inference_example.py      draws pictures from diffusion_model.pth
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own   on your pictures
 
-A run that was stopped goes on when the same command is given again. All flags: --help. From Python:
+Give the same command again to resume an interrupted run. All flags: --help. From Python:
 
     from diffusion_model import SimpleDiffusion
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
 
-The parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (begin there to learn), 3 the two in
-one and their file, 4 training. Parts 0 to 3 need torch alone and can be copied. What surrounds training (data sets,
+The parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn), 3 both in one
+model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied. What surrounds training (data,
 pictures, the command line) is in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
 
 Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
@@ -53,12 +53,12 @@ def brief(error):
 
 
 def pick_device(name=None):
-    """MPS, then CUDA, then CPU. With a name that very device, or a ValueError if it is not available."""
+    """MPS, then CUDA, then CPU. Given a name, that device, or a ValueError if it is not available."""
     if name is None:
         gpu = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else None
         return torch.device(gpu or "cpu")
     try:
-        torch.zeros(1, device=name).tolist()  # use it: torch knows names of devices that are not there
+        torch.zeros(1, device=name).tolist()  # try it: torch accepts names of devices that are not there
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} is not available ({brief(error)}): leave --device out") from None
@@ -85,7 +85,7 @@ def memory_format(device):
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """Inside the block `module` is in eval mode (no dropout); after it each of its parts is in the mode it was in."""
+    """Put `module` in eval mode (no dropout) for the block; afterwards each of its parts is back in its own mode."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -122,11 +122,11 @@ def divisors(n, limit):
 
 def group_norm(channels):
     """GroupNorm of at most 32 groups of at least 16 channels each: smaller ones are far slower in bfloat16."""
-    return nn.GroupNorm(divisors(channels, min(32, max(1, channels // 16)))[-1], channels)
+    return nn.GroupNorm(max(divisors(channels, min(32, max(1, channels // 16)))), channels)
 
 
 def zero_init(layer):
-    """Zero the last layer of a residual branch, so that at first the branch adds nothing."""
+    """Zero a layer, so that the branch (or the network) that ends in it outputs 0 at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -232,7 +232,7 @@ class SimpleUNet(nn.Module):
             entries.append(nn.Conv2d(above, below, 3, stride=2, padding=1))
             exits.append(nn.Sequential(nn.Conv2d(below, above, 1), nn.Upsample(scale_factor=2)))
         self.down = nn.ModuleList()
-        self.middle = blocks(widths[-1], [level_heads[-1], 0])
+        self.middle = blocks(widths[-1], [level_heads[-1], 0])              # 0: the second has no attention
         self.up = nn.ModuleList()
         for width, depth, heads, entry, way_out in zip(widths, depths, level_heads, entries, exits):
             self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
@@ -248,7 +248,7 @@ class SimpleUNet(nn.Module):
         if self.num_classes is not None:
             emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
         emb = F.silu(emb)                                                   # here once, not in every block
-        # Shapes for the defaults and 32x32 images; three where they are those of the three passes of the loop.
+        # Shapes for the defaults at 32x32; where there are three, one for each pass of the loop.
         skips = []
         for level in self.down:
             x = level["entry"](x)                               # (B, 64, 32, 32), (B, 128, 16, 16), (B, 128, 8, 8)
@@ -269,14 +269,14 @@ class SimpleUNet(nn.Module):
 #
 # Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and teach the
 # network to tell the two apart. Both factors depend on the timestep t: alpha falls from nearly 1 to nearly 0, sigma
-# rises from nearly 0 to nearly 1, and alpha^2 + sigma^2 = 1, so that x_T, the last x_t, is all but pure noise.
-# Sampling: begin with pure noise. In each step the network estimates the x_0 in x_t; that estimate with a little less
-# noise is the next x_t (p(x_{t-1} | x_t)). It takes many steps because the estimate is the mean of all images that x_t
-# may have come from: a blur while there is much noise, and sharper the less there is.
+# rises from nearly 0 to nearly 1, and alpha^2 + sigma^2 = 1, so that x_T, the last x_t, is almost pure noise.
+# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate with a
+# little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the estimate is the
+# mean of all images that x_t may have come from: a blur while there is much noise, and sharper the less there is.
 #
 # The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0: with x_t, either gives
 # x_0. With the noise one has to divide by alpha, 0.006 at the last t (linear schedule), which multiplies every error.
-# v is nearly the noise where t is small and nearly -x_0 where it is large: at either end what x_t does not show.
+# v is nearly the noise at small t and nearly -x_0 at large t: at either end the part that x_t hides.
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
@@ -292,54 +292,13 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     return betas.clamp(max=0.999)  # a beta of 1 would leave nothing of the image
 
 
-class Step(NamedTuple):
-    """One step of sampling, from timestep t to s < t: x_t, and the network's estimate of the clean image x_0 in it."""
-    t: int
-    s: int
-    x_t: torch.Tensor
-    x_0: torch.Tensor
-
-
-class Sampler(NamedTuple):
-    """One entry of the table of samplers. To add one of your own: SAMPLERS["mine"] = Sampler(...)."""
-    steps: int          # how many by default; None: n_steps
-    even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
-    eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
-    # aim(process, now, before, denoise) -> the image that the step `now` aims at: by default the network's estimate.
-    # before: the Step before, or None. denoise(x_t, t) -> x_0 calls the network once more, for samplers that need it.
-    aim: Callable = lambda process, now, before, denoise: now.x_0
-
-
-def aim_ahead(process, now, before, denoise):
-    """The estimate to expect halfway through the step, extrapolated in lambda from the last two (D in Lu et al.)."""
-    if before is None or now.s == -1:  # nothing to extrapolate from; or a last step, infinitely long in lambda
-        return now.x_0
-    length = process.lambdas[now.s] - process.lambdas[now.t]
-    length_before = process.lambdas[now.t] - process.lambdas[before.t]
-    return now.x_0 + (now.x_0 - before.x_0) * length / (2 * length_before)
-
-
-SAMPLERS = {
-    "ddpm": Sampler(None, "t", 1.0),                    # Ho et al. 2020, Algorithm 2
-    "ddim": Sampler(50, "t", 0.0),                      # Song et al. 2021
-    "dpm++": Sampler(20, "lambda", 0.0, aim_ahead),     # DPM-Solver++(2M), Lu et al. 2022
-}
-
-
-def noise_of_seeds(shape, seed, device):
-    """A function that draws noise of that shape (N, ...): image i from seed + i alone, whatever batch and device."""
-    seed = torch.Generator().seed() % 2**31 if seed is None else seed       # seed() draws one from the system
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
-    return lambda: torch.stack([torch.randn(shape[1:], generator=g, device="cpu") for g in generators]).to(device)
-
-
 class DiffusionModel(nn.Module):
     """The forward process q, the training loss and the reverse process p, around any network.
 
     model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
     third argument, where they are given. For guidance, its attribute num_classes is the null label.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    alpha^2 is alphas_cumprod, the product of 1 - beta over steps up to t (Ho et al. write alpha_t for 1 - beta_t).
+    alpha^2 is alphas_cumprod, the product of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., alpha^2 in DDIM.)
     Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. The clean image keeps its
     name x_0, but its timestep is -1. schedule: "cosine", or "linear" (beta_start to beta_end, times 1000 / n_steps).
     t_distribution: which timesteps training draws: "uniform" (Algorithm 1), or "lognormal": those around the noise
@@ -349,8 +308,8 @@ class DiffusionModel(nn.Module):
     def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise",
                  t_distribution="uniform"):
         super().__init__()
-        if not (1 <= n_steps <= 100_000 and 0 < beta_start <= beta_end < 1):
-            raise ValueError(f"n_steps must be in 1..100000 and 0 < beta_start <= beta_end < 1, got {n_steps}, "
+        if not (1 <= n_steps <= 100_000 and 1e-10 < beta_start <= beta_end < 1):
+            raise ValueError(f"n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, got {n_steps}, "
                              f"{beta_start} and {beta_end}")
         if prediction not in ("noise", "v") or t_distribution not in ("uniform", "lognormal"):
             raise ValueError(f"prediction must be noise or v, t_distribution uniform or lognormal, got {prediction!r} "
@@ -359,15 +318,13 @@ class DiffusionModel(nn.Module):
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
                            prediction=prediction, t_distribution=t_distribution)
         self.n_steps = n_steps
-        self.prediction = prediction
-        # Computed in float64, since a thousand factors near 1 are multiplied; kept as float32, all that MPS has.
+        # In float64 (a thousand factors near 1) on the CPU, also where all else is made elsewhere; kept as float32.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         if alphas_cumprod[-1] > 0.01:
-            warnings.warn(f"the noisiest timestep still holds {alphas_cumprod[-1]:.0%} of the image's variance: "
-                          f"sampling from pure noise will go wrong; raise beta_end or n_steps")
+            warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end or n_steps")
         tables = dict(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
@@ -401,7 +358,8 @@ class DiffusionModel(nn.Module):
         # ln(sigma / alpha) is normal (Karras et al. 2022, table 1; mean -1.2 there, -0.8 was better here). Half of all
         # uniform t of the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
         wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)    # the quantiles of that normal
-        return torch.searchsorted(-(self.lambdas[1:] + self.lambdas[:-1]) / 2, wanted)  # midpoints: the nearest t
+        midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2             # ln(sigma / alpha) between two timesteps
+        return torch.searchsorted(midpoints, wanted)                        # the timestep that is nearest to each
 
     def q_sample(self, x_start, t, noise=None):
         """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W) in [-1, 1], t an int or (B,) -> like x_start."""
@@ -414,7 +372,7 @@ class DiffusionModel(nn.Module):
         return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
 
     def forward(self, x_start, y=None, t=None, noise=None):
-        """The training loss (Algorithm 1; eq. 14, or the same for v): x_start (B, C, H, W) in [-1, 1] -> scalar.
+        """The training loss (eq. 14; with v, its terms divided by alpha^2): x_start (B, C, H, W) in [-1, 1] -> scalar.
 
         y: labels (B,) or None. t (B,) and noise, like x_start: drawn at random where None.
         """
@@ -422,7 +380,7 @@ class DiffusionModel(nn.Module):
         noise = torch.randn_like(x_start) if noise is None else noise                     # line 4
         x_t = self.q_sample(x_start, t, noise)                                            # line 5, in the brackets
         alpha, sigma = self.alpha_sigma(t)
-        target = noise if self.prediction == "noise" else alpha * noise - sigma * x_start
+        target = noise if self.config["prediction"] == "noise" else alpha * noise - sigma * x_start
         return F.mse_loss(self.predict(x_t, t, y), target)                                # line 5; backward() follows
 
     # ---- Sampling: Algorithm 2 and its shortcuts
@@ -431,47 +389,47 @@ class DiffusionModel(nn.Module):
         """Estimate x_0 from x_t: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # away from "no class" (Ho and Salimans 2022, eq. 6; guidance = 1 + their w); both halves in one batch
+        else:  # step away from "no class" (Ho and Salimans 2022, eq. 6; guidance is 1 + their w; for v it is the same)
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
             conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
         alpha, sigma = self.alpha_sigma(t)
-        if self.prediction == "noise":
+        if self.config["prediction"] == "noise":
             x_0 = (x_t - sigma * prediction) / alpha                        # eq. 4, solved for x_0
         else:
             x_0 = alpha * x_t - sigma * prediction      # = (alpha^2 + sigma^2) * x_0; Salimans and Ho 2022, section 4
         return x_0.clamp(-1, 1)  # no image lies outside; later steps would make the error larger
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
-        """Mix x_0 with the noise that is in x_t, in the shares of s (Song et al. 2021, eq. 12): -> x_s, like x_t.
+        """Mix x_0 with the noise in x_t, in the shares of s (Song et al. 2021, eqs. 12 and 16): -> x_s, like x_t.
 
         x_0: the image aimed at. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the noise is
-        replaced by new_noise: 0 none; 1 as much as in the posterior q(x_s | x_t, x_0), eq. 7 where s = t - 1.
+        replaced by new_noise: 0 none; 1 as in the posterior, eq. 7 if s = t - 1: then this is line 4 of Algorithm 2.
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Not the network's own: where x_0 was clipped or extrapolated, only this noise and x_0 still add up to x_t.
+        # Not the network's own noise: where x_0 was clipped or extrapolated, only this one and x_0 add up to x_t.
         noise = (x_t - alpha_t * x_0) / sigma_t                             # eq. 4, solved for the noise
         # The beta of the whole way from s to t, 1 - (alpha_t / alpha_s)^2, written so that it is accurate when small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()                      # eta 1: posterior_variance.sqrt()
+        spread = eta * sigma_s / sigma_t * beta.sqrt()                      # squared, with eta 1: posterior_variance
         return alpha_s * x_0 + (sigma_s**2 - spread**2).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
         """One ancestral step (Algorithm 2, lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}, like x_t."""
-        # Of Ho et al.'s two variances (section 3.2) the posterior's: 0 at t = 0, so no noise is left in the picture.
+        # Ho et al. give two variances (section 3.2). This is the posterior's: 0 at t = 0, so x_0 itself is returned.
         return self.step(x_t, self.predict_x_start(x_t, t, y), t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
         """The strictly decreasing list of timesteps that a sampler visits. After the last comes the clean image."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        kind = SAMPLERS[sampler]
-        steps = min(kind.steps or self.n_steps, self.n_steps) if steps is None else steps
+        chosen = SAMPLERS[sampler]
+        steps = min(chosen.steps or self.n_steps, self.n_steps) if steps is None else steps
         if not 1 <= steps <= self.n_steps:
             raise ValueError(f"steps must be in 1..{self.n_steps}, the n_steps of this model, got {steps}")
-        if kind.even_in == "t":
+        if chosen.even_in == "t":
             return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
         lambdas = self.lambdas.cpu().double()
@@ -484,43 +442,44 @@ class DiffusionModel(nn.Module):
                strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
 
-        sampler: a name in SAMPLERS. steps: how often the network is called (dpm++: at most); None: its default.
+        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ may merge some); None: its default.
         y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
-        guidance_interval: the range of sigma / alpha that has guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+        guidance_interval: guide only where sigma / alpha is in this range (Kynkaanniemi et al. 2024, 2404.07724).
         seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
-        x_T (N, C, H, W): the starting noise, in place of the seed's. Options that do not fit raise a ValueError.
+        x_T (N, C, H, W): the starting noise, in place of the seed's. Raises ValueError if options do not fit.
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
         """
         device = self.betas.device
         y, mask, init_image, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
+        if init_image is not None and strength == 0:
+            return init_image.clone()
         timesteps = self.timesteps(sampler, steps)
         draw_noise = noise_of_seeds(shape, seed, device)
         x_t = draw_noise() if x_T is None else x_T                          # Algorithm 2, line 1
-        if init_image is not None and strength == 0:
-            return init_image.clone()
         if init_image is not None:
-            timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]  # 0.29 * 100 is below 29
+            timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]    # 0.29 * 100 is 28.999...
             if not timesteps:
                 raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
-            x_t = self.q_sample(init_image, timesteps[0], x_t)
-
-        kind = SAMPLERS[sampler]
-        before = None
-        pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
+            x_t = self.q_sample(init_image, timesteps[0], noise=x_t)
 
         def denoise(x_t, t):
             guided = guidance_interval[0] <= math.exp(-self.lambdas[t]) <= guidance_interval[1]
             x_t = x_t.contiguous(memory_format=memory_format(device))
             return self.predict_x_start(x_t, torch.full(shape[:1], t, device=device), y, guidance if guided else 1.0)
+
+        chosen = SAMPLERS[sampler]
+        before = None
+        pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
         with torch.inference_mode(), eval_mode(self.model), autocast(device):
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2
                 now = Step(t, s, x_t, denoise(x_t, t))
                 if callback is not None:
                     callback(i, t, x_t, now.x_0)
-                new_noise = draw_noise() if kind.eta > 0 and s >= 0 else 0.0
-                x_t = self.step(x_t, kind.aim(self, now, before, denoise), t, s, kind.eta, new_noise)   # lines 3 and 4
+                x_0 = chosen.aim(self, now, before, denoise)
+                z = draw_noise() if chosen.eta > 0 and s >= 0 else 0.0      # line 3
+                x_t = self.step(x_t, x_0, t, s, chosen.eta, z)              # line 4
                 if mask is not None:                                        # kept pixels: as noisy as the others
                     x_t = mask * x_t + (1 - mask) * self.q_sample(init_image, s, draw_noise())
                 before = now
@@ -528,7 +487,7 @@ class DiffusionModel(nn.Module):
 
     def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
         """The options of `sample`, as tensors on the device. Raises ValueError if they do not fit together."""
-        def tensor(name, value, wanted, low, high, dtype=torch.float32):
+        def check(name, value, wanted, low, high, dtype=torch.float32):
             if value is None:
                 return None
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
@@ -546,8 +505,49 @@ class DiffusionModel(nn.Module):
             raise ValueError("a mask needs an init_image, whose pixels it keeps")
         if not 0 <= strength <= 1 or shape[0] < 1:
             raise ValueError(f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}")
-        return (tensor("y", y, shape[:1], 0, num_classes or math.inf, torch.int64), tensor("mask", mask, shape, 0, 1),
-                tensor("init_image", init_image, shape, -1.001, 1.001), tensor("x_T", x_T, shape, -math.inf, math.inf))
+        return (check("y", y, shape[:1], 0, num_classes or math.inf, torch.int64), check("mask", mask, shape, 0, 1),
+                check("init_image", init_image, shape, -1.001, 1.001), check("x_T", x_T, shape, -math.inf, math.inf))
+
+
+class Step(NamedTuple):
+    """One step of sampling, from timestep t to s < t: x_t, and the network's estimate of the clean image x_0 in it."""
+    t: int
+    s: int
+    x_t: torch.Tensor
+    x_0: torch.Tensor
+
+
+class Sampler(NamedTuple):
+    """One entry of the table of samplers. To add one of your own: SAMPLERS["mine"] = Sampler(...)."""
+    steps: int          # how many by default; None: n_steps
+    even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
+    eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
+    # aim(process, now, before, denoise) -> image to aim at. For a noise of yours: (x_t - sigma_t * noise) / alpha_t
+    # before: the last Step, or None. denoise(x_t, t) -> x_0 calls the network once more, at any t >= 0 (s may be -1).
+    aim: Callable = lambda process, now, before, denoise: now.x_0
+
+
+def aim_ahead(process, now, before, denoise):
+    """The estimate to expect halfway through the step, extrapolated in lambda from the last two (D in Lu et al.)."""
+    if before is None or now.s == -1:  # nothing to extrapolate from; or a last step, infinitely long in lambda
+        return now.x_0
+    length = process.lambdas[now.s] - process.lambdas[now.t]
+    length_before = process.lambdas[now.t] - process.lambdas[before.t]
+    return now.x_0 + (now.x_0 - before.x_0) * length / (2 * length_before)
+
+
+SAMPLERS = {
+    "ddpm": Sampler(None, "t", 1.0),                    # Ho et al. 2020, Algorithm 2
+    "ddim": Sampler(50, "t", 0.0),                      # Song et al. 2021
+    "dpm++": Sampler(20, "lambda", 0.0, aim_ahead),     # DPM-Solver++(2M), Lu et al. 2022
+}
+
+
+def noise_of_seeds(shape, seed, device):
+    """A function that draws noise of that shape (N, ...): image i from seed + i, independent of batch and device."""
+    seed = torch.Generator().seed() % 2**31 if seed is None else seed       # seed() draws one from the system
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
+    return lambda: torch.stack([torch.randn(shape[1:], generator=g, device="cpu") for g in generators]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,7 +556,7 @@ class DiffusionModel(nn.Module):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary file to write to, which takes the place of `path` only once all of it is on the disk."""
+    """Yield a temporary path to write to; it takes the place of `path` only once all of it is on the disk."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -568,13 +568,13 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
         raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from None
     finally:
-        with contextlib.suppress(OSError):  # nothing to remove where the folder could not be made
+        with contextlib.suppress(OSError):  # it was moved, or never made
             temporary.unlink()
 
 
 @contextlib.contextmanager
 def reading(path, remedy="give another file"):
-    """Give what torch.save wrote to `path`. Whatever is wrong with it becomes a ValueError that names the file."""
+    """Yield what torch.save wrote to `path`. Any error, in the block too, becomes a ValueError that names the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -585,7 +585,7 @@ def reading(path, remedy="give another file"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_contents(saved)
         yield saved
-    except torch.OutOfMemoryError:  # of a GPU: the file is sound
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be sound
         raise
     except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
         reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
@@ -593,11 +593,11 @@ def reading(path, remedy="give another file"):
 
 
 def check_contents(value, depth=0):
-    """Let only finite tensors and numbers, strings, and a few levels of lists and dicts of them pass."""
+    """Refuse all but finite tensors and numbers, strings, and a few levels of lists and dicts of them."""
     if isinstance(value, torch.Tensor):
         # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
         repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
-        if repeats or not (value.is_floating_point() or value.ndim == 0) or not value.isfinite().all():
+        if repeats or value.is_complex() or not value.isfinite().all():
             raise ValueError("a tensor does not hold finite numbers")
     elif isinstance(value, dict):
         check_contents([*value, *value.values()], depth)
@@ -633,8 +633,9 @@ class SimpleDiffusion(nn.Module):
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution)
 
     @property
-    def model(self):  # a property, for an attribute would put the weights into the state dict twice
+    def network(self):  # an attribute would put the weights into the state dict twice
         return self.diffusion.model
+    model = network  # as DiffusionModel names it
 
     def forward(self, x, y=None, t=None, noise=None):
         """The training loss: x (B, C, S, S) in [-1, 1], y (B,) int64 or None -> scalar. t and noise: drawn if None."""
@@ -664,12 +665,12 @@ class SimpleDiffusion(nn.Module):
                        for name, tensor in saved["model_state_dict"].items()}
             if "stem.weight" in weights:
                 raise ValueError("it is of this project's first release, whose network had other parts")
-            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):  # building them takes long
+            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):  # building takes long
                 raise ValueError("it claims more blocks than it holds weights")
             with torch.device("meta"):  # the file can claim any size: memory is only taken for the weights it holds
                 model = cls(**config, **saved["diffusion_config"], image_size=saved["image_size"],
                             class_names=saved["class_names"])
-            model.model.load_state_dict(weights, assign=True)
+            model.network.load_state_dict(weights, assign=True)
         device = pick_device(device)
         return model.to(device, torch.float32, memory_format=memory_format(device)).eval()
 
@@ -688,17 +689,17 @@ class TrainConfig:
     """Every option of a run. The flags are the same names with dashes: image_size is --image-size."""
     data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
     out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
-    init: str = option(None, "begin with the network, weights and classes of this checkpoint; resuming reads it again")
+    init: str = option(None, "begin with this checkpoint's network and weights; keep the file, for resuming reads it")
     image_size: int = option(32, "height and width; images are resized and cropped to the centre", least=1)
     limit: int = option(None, "use the first LIMIT images only (of a folder in the order of their paths)", least=1)
     epochs: int = option(100, "passes over the data", least=1)
-    images: int = option(None, "in place of --epochs: how many images to train on in all", least=1)
+    images: int = option(None, "in place of --epochs: train on so many, each counted whenever it is used", least=1)
     batch_size: int = option(64, "images a step, over all processes", least=1)
     lr: float = option(3e-3, "peak learning rate, after the warm-up and before the decay to 0", least=1e-12)
     hidden_channels: int = option(64, "channels of the first level")
     channel_mults: tuple = option((1, 2, 2), "channels of each level, as multiples of the first")
     num_res_blocks: tuple = option((2,), "residual blocks of a level: one number, or one a level", below=101)
-    attention_levels: tuple = option(None, "levels with attention; 0 is the full size (by default the last)")
+    attention_levels: tuple = option(None, "levels with attention, 0 the full size (the last, if at most 16x16)")
     num_heads: int = option(None, "heads of the attention (by default 4, or fewer where 4 does not divide)")
     dropout: float = option(0.0, "share of the residual blocks' values dropped in training", least=0, below=1)
     n_steps: int = option(1000, "timesteps of the diffusion process")
@@ -707,7 +708,7 @@ class TrainConfig:
     t_distribution: str = option("lognormal", "timesteps to train on: lognormal (where most is learned) or uniform")
     unconditional: bool = option(False, "ignore the classes of the data")
     no_flip: bool = option(False, "never mirror the images: for letters, digits and whatever has a left and a right")
-    sample_every: int = option(5, "epochs between grids and exports; with --images there are about 20 in all", least=1)
+    sample_every: int = option(5, "epochs between grids and exports; with --images about 20 are made in all", least=1)
     seed: int = option(0, "of the weights, the order of the data and all noise", least=0, below=2**31)
     device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
     compile: bool = option(False, "compile the network with torch.compile")
@@ -718,7 +719,7 @@ class TrainConfig:
         support.check_options(self)
 
 
-# A stopped run goes on only if all other options are as they were: else it would be another run.
+# A stopped run resumes only if all other options are as they were: otherwise it would be a different run.
 MAY_CHANGE_ON_RESUME = ("out", "epochs", "images", "lr", "sample_every", "device", "compile", "tensorboard", "restart")
 
 
@@ -730,7 +731,7 @@ def learning_rate(step, total_steps, peak):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the average towards the weights after `step` steps: half of it is made of the last 3 % of them."""
+    """Update the average after step number `step`: the last 3 % of all steps make up half of it."""
     decay = 0.5 ** (1 / (0.03 * step))                                      # decay ** (0.03 * step) is 1/2
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -754,7 +755,7 @@ def make_optimizers(network, lr):
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
-    rest = [p for p in network.parameters() if p not in set(maps)]   # of pixels, of labels, norms, biases
+    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]     # and norms, biases, labels
     # match_rms_adamw: updates as large as AdamW's would be, so that the two rates are of one size.
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
@@ -793,12 +794,12 @@ class TrainingRun:
         self.origin = support.origin_of(config.init)                        # for model_info.json
         self.model.to(processes.device, memory_format=memory_format(processes.device))
         # All of the data as uint8 on the device: a batch is an index away, and no worker process is needed.
-        self.images = support.with_channels(images, self.model.model.config["in_channels"]).to(processes.device)
+        self.images = support.with_channels(images, self.model.network.config["in_channels"]).to(processes.device)
         self.labels = None if self.model.class_names is None else labels.to(processes.device)
         # The moving average of the weights draws better pictures than any one step's: it is what is exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizers = make_optimizers(self.model.model, config.lr)
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.optimizers = make_optimizers(self.model.network, config.lr)
+        self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.loss_function = processes.wrap(self.model)
         if config.compile:
             torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is, with a warning
@@ -810,10 +811,10 @@ class TrainingRun:
         self.epoch_losses = []                                              # the mean of each finished epoch
 
     def batch(self, index):
-        return training_batch(self.images, self.labels, index, self.model.model.num_classes, not self.config.no_flip)
+        return training_batch(self.images, self.labels, index, self.model.network.num_classes, not self.config.no_flip)
 
     def train_step(self):
-        """One pass through the loop of Algorithm 1. Its lines 3 to 5 are in DiffusionModel.forward."""
+        """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
         seed = 1_000_003 * self.config.seed                                 # far apart: runs share no step's seed
         if self.order is None or i == 0:
@@ -824,13 +825,13 @@ class TrainingRun:
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
         with autocast(x.device):
-            loss = self.loss_function(x, y)                                 # lines 3 to 5
+            loss = self.loss_function(x, y)                                 # lines 3 to 5: the loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)       # a rare bad batch does little harm
-        for optimizer, peaks in zip(self.optimizers, self.peaks):
-            for group, peak in zip(optimizer.param_groups, peaks):
+        for optimizer, peak_rates in zip(self.optimizers, self.peak_rates):
+            for group, peak in zip(optimizer.param_groups, peak_rates):
                 group["lr"] = learning_rate(self.step, self.total_steps, peak)
-            optimizer.step()                                                # line 5: the gradient step
+            optimizer.step()                                                # line 5: the step along its gradient
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         update_ema(self.ema, self.model, self.step)
@@ -841,8 +842,8 @@ class TrainingRun:
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is not finite at step {step} of this run: give the same command "
-                                         f"with a lower --lr, which goes on from the last good training_state.pth")
+                raise FloatingPointError(f"the loss is not finite at step {step} of this run: the same command with a "
+                                         f"lower --lr goes on from the last good training_state.pth")
         return losses
 
     def end_epoch(self):
@@ -854,7 +855,7 @@ class TrainingRun:
 
     def save(self):
         """Write all that a run needs to go on as if it had not been stopped."""
-        state = dict(model=self.model.model.state_dict(), ema=self.ema.model.state_dict(),
+        state = dict(model=self.model.network.state_dict(), ema=self.ema.network.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
                      memory_format=str(memory_format(self.images.device)), step=self.step, seconds=self.seconds,
                      losses=self.fetch_losses(), epoch_losses=self.epoch_losses, images=len(self.images),
@@ -865,7 +866,7 @@ class TrainingRun:
                 torch.save(state, temporary)
 
     def resume(self):
-        """Go on from what `save` wrote: -> whether there is anything. ValueError if it is not of this very run."""
+        """Go on from what `save` wrote: -> whether there was a state. ValueError if it is of another run."""
         path = self.out / "training_state.pth"
         if self.config.restart or not path.exists():
             return False
@@ -877,23 +878,23 @@ class TrainingRun:
                 changed.append(f"{state['images']} images, not {len(self.images)}")
             if not changed:
                 self.restore(state)
-        if changed:  # outside of `reading`, which would call the file damaged
+        if changed:  # outside `reading`, which would call the file damaged
             raise ValueError(f"the run in {self.out} was begun with {', '.join(changed)}: give the same or --restart, "
                              f"or begin another --out from its weights with --init")
         return True
 
     def restore(self, state):
-        self.model.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
+        self.model.network.load_state_dict(state["model"])
+        self.ema.network.load_state_dict(state["ema"])
         self.step = state["step"]
         self.seconds = float(state["seconds"])
         self.origin = dict(state["origin"])
         self.losses = list(torch.tensor(state["losses"], device=self.images.device).flatten())
-        self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()
+        self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
         if state["memory_format"] != str(memory_format(self.images.device)):
-            return  # Muon's matrices have their columns in another order there: the optimisers begin without momentum
+                return  # to or from MPS: Muon's matrices have another order of columns, so it begins without momentum
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             support.restore_optimizer(optimizer, saved)
 
@@ -906,19 +907,19 @@ def train(config, make_optimizers=make_optimizers):
     """
     support.tune_torch()
     processes = support.Processes(pick_device(config.device))
-    begin_model(config, 3, None)  # for nothing but its errors, so that they come before the data is read
+    begin_model(config, 3, None)  # only so that wrong options are reported before the data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
         data = load_images(config.data, config.image_size, config.limit)
     run = TrainingRun(config, *data, processes, make_optimizers)
     resumed = run.resume()
     processes.check_equal(run.step, "training_state.pth: --out must be a folder that all machines share")
     if run.step >= run.total_steps:
-        processes.say(f"finished ({len(run.epoch_losses)} epochs): more --epochs go on, --restart begins again")
+        processes.say(f"finished ({len(run.epoch_losses)} epochs): raise --epochs to continue, --restart begins again")
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds                                # as if there had been no break
     saved = run.seconds
-    with report.bar, support.stop_signals() as received:
+    with report.bar, support.stop_signals() as received:  # a first Ctrl-C waits here, a second ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
@@ -926,14 +927,14 @@ def train(config, make_optimizers=make_optimizers):
             epoch_done = run.step % run.steps_per_epoch == 0
             if epoch_done:
                 report.epoch(run.end_epoch())
-            stop = processes.largest(received[0] if received else 0)        # all of them stop after the same step
+            stop = processes.largest(received[0] if received else 0)        # a signal's number: all of them stop here
             # A crash costs five minutes at most; where an epoch takes only a second, not every one is worth a file.
             if stop or run.step == run.total_steps or run.seconds - saved > (20 if epoch_done else 300):
                 run.save()
                 saved = run.seconds
             if stop:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
-                sys.exit(128 + stop)                                        # 130 or 143, as shells have it
+                sys.exit(128 + stop)                                        # 130 or 143, the shells' convention
     return run.ema
 
 

@@ -1,11 +1,11 @@
-"""Draw pictures from diffusion_model.pth, which `python diffusion_model.py` writes. In Python that is:
+"""Draw pictures from diffusion_model.pth, which `python diffusion_model.py` writes. All flags: --help. In Python:
 
     from diffusion_model import SimpleDiffusion
     from support import save_grid
     model = SimpleDiffusion.load("diffusion_model.pth")
     images = model.sample(10, y=range(10), guidance=2, seed=0)     # one of each class: (10, 3, 32, 32) in [0, 1]
     save_grid(images, "ten.png", columns=5)
-On the command line:
+
     python inference_example.py                                    eight of each class, a row a class
     python inference_example.py -n 40                              forty, the classes in turn: a column of each
     python inference_example.py --class cat ship -n 10 --guidance 3      ten cats above ten ships, typical ones
@@ -14,7 +14,6 @@ On the command line:
     python inference_example.py --class dog --init-image FILE --mask FILE        repaint it where the mask is white
     python inference_example.py --class horse --interpolate 3 8    from the picture of seed 3 to that of seed 8
     python inference_example.py --denoising                        from noise to picture, strip and GIF: x_t above x_0
-Picture i is drawn from seed + i. All flags: --help.
 """
 import argparse
 import math
@@ -35,7 +34,7 @@ GRID = 400       # more pictures than these make no grid; --save-each then goes 
 
 
 def batches(model, labels, first=0, seed=None, **options):
-    """Draw a picture for each label (or None) from the first on, BATCH at a time: yields (B, C, S, S) in [0, 1].
+    """Draw a picture for each of labels[first:] (None: no class), BATCH at a time: yields (B, C, S, S) in [0, 1].
 
     Picture i is drawn with seed + i. options: those of SimpleDiffusion.sample; of a tensor among them that has an
     entry for each picture, a batch gets its own.
@@ -58,7 +57,7 @@ def generate_images(model, num_images=8, labels=None, **options):
 
 def interpolated_noise(model, first_seed, last_seed, count=8):
     """Starting noises on the way from that of one seed to that of another, both included: -> (count, C, S, S)."""
-    shape = (model.model.config["in_channels"], model.image_size, model.image_size)
+    shape = (model.network.config["in_channels"], model.image_size, model.image_size)
     a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (first_seed, last_seed))
     # Along the arc (Shoemake 1985): half-way on the straight line, noise has 0.7 of the strength the network knows.
     cosine = (a * b).sum() / (a.norm() * b.norm())
@@ -75,7 +74,7 @@ def parse(argv):
     add("--guidance", type=float, help=f"weight of the class, if there is one (default {GUIDANCE}; 1: as trained)")
     add("--sampler", choices=SAMPLERS, default="dpm++", help="(default dpm++); ddpm is the slow original")
     add("--steps", type=int, help="network calls a picture (by default what is usual for the sampler)")
-    add("--seed", type=int, default=0, help="of the first picture (default 0)")
+    add("--seed", type=int, default=0, help="of the first picture (default 0); picture i is drawn from seed + i")
     add("--checkpoint", type=Path, default=Path("diffusion_model.pth"), metavar="FILE", help="(default %(default)s)")
     add("--out", type=Path, default=Path("samples/generated.png"), metavar="FILE", help="(default %(default)s)")
     add("--device", help="such as cpu or cuda:1 (default: the best there is)")
@@ -115,13 +114,13 @@ def draw(args):
     if not args.checkpoint.is_file():
         raise ValueError(f"{args.checkpoint}: no such file; train first: python diffusion_model.py")
     model = SimpleDiffusion.load(args.checkpoint, args.device)
-    names = [str(name) for name in model.class_names or range(model.model.num_classes or 0)]
+    names = [str(name) for name in model.class_names or range(model.network.num_classes or 0)]
     labels, columns = layout(args, names)
     count, size, moments, images = len(labels), model.image_size, [], []
     options = dict(sampler=args.sampler, steps=args.steps, progress=sys.stderr.isatty(),
                    guidance=1.0 if not names else GUIDANCE if args.guidance is None else args.guidance)
     if args.init_image:
-        picture = read_picture(args.init_image, size, model.model.config["in_channels"])
+        picture = read_picture(args.init_image, size, model.network.config["in_channels"])
         options["init_image"] = from_uint8(picture).expand(count, -1, -1, -1)
         options["strength"] = args.strength if args.strength is not None else 1.0 if args.mask else 0.6
     if args.mask:

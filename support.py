@@ -1,6 +1,6 @@
 """What surrounds the training of diffusion_model.py: data sets, pictures, options, several processes, signals, errors.
 
-Nothing of it has to be read to understand diffusion. It needs torch alone; torchvision, PIL, numpy and matplotlib are
+None of it is needed to understand diffusion. It needs torch alone; torchvision, PIL, numpy and matplotlib are
 imported in the functions that use them.
 """
 import argparse
@@ -426,7 +426,7 @@ class Processes:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu and local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{torch.cuda.device_count()} GPUs are here: lower --nproc_per_node of torchrun")
+            raise ValueError(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node of torchrun")
         if on_gpu:
             torch.cuda.set_device(self.device)
         if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
@@ -537,13 +537,13 @@ def with_weights_of(source, model):
     """
     weights = source.model.state_dict()
     classes = weights.pop("class_embedding.weight", torch.zeros(1, source.model.config["time_dim"]))
-    model.model.load_state_dict(weights, strict=False)                      # all but those of the classes
+    model.network.load_state_dict(weights, strict=False)                      # all but those of the classes
     known, names = source.class_names or [], model.class_names
     if names is None:
-        model.model.time_mlp[-1].bias += classes[-1]
+        model.network.time_mlp[-1].bias += classes[-1]
     else:
         rows = [known.index(name) if name in known else -1 for name in names]
-        model.model.class_embedding.weight.copy_(classes[[*rows, -1]])
+        model.network.class_embedding.weight.copy_(classes[[*rows, -1]])
     return model
 
 
@@ -560,7 +560,7 @@ def describe(run):
     config = run.config
     name = "CIFAR-10" if is_cifar10(config.data) else config.data
     return dict(
-        architecture=f"SimpleUNet {run.model.model.config}", parameters=count_parameters(run.model), dataset=name,
+        architecture=f"SimpleUNet {run.model.network.config}", parameters=count_parameters(run.model), dataset=name,
         images_seen=run.step * run.batch_size, epochs=len(run.epoch_losses), batch_size=run.batch_size,
         learning_rate=config.lr,
         optimizer=" and ".join(type(optimizer).__name__ for optimizer in run.optimizers) + ", cosine decay",
@@ -586,7 +586,7 @@ class Report:
             self.first_files()
 
     def announce(self, resumed, precision):
-        run, config, network = self.run, self.run.config, self.run.model.model
+        run, config, network = self.run, self.run.config, self.run.model.network
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
@@ -668,7 +668,7 @@ class Report:
         os.replace(temporary, run.out / "model_info.json")
         # Drawn from the file, so that the grid shows what inference_example.py draws with --guidance 1.
         model = run.ema.load(checkpoint, run.images.device)
-        labels = None if run.labels is None else [i % model.model.num_classes for i in range(4)]
+        labels = None if run.labels is None else [i % model.network.num_classes for i in range(4)]
         images = model.sample(4, y=labels, seed=run.config.seed, progress=False)
         save_grid(images, run.out / "samples" / f"epoch_{len(run.epoch_losses):04d}.png", columns=2)
         # Below each the training picture that is most like it: whoever has few pictures can see what is a copy.

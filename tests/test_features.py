@@ -61,7 +61,7 @@ def test_a_one_command_trains_shows_grids_and_writes_a_checkpoint(tmp_path, caps
     main(["--data", "shapes", "--image-size", "8", "--limit", "16", "--batch-size", "8", "--hidden-channels", "8",
           "--n-steps", "500", "--epochs", "4", "--sample-every", "2", "--device", "cpu", "--out", str(tmp_path)])
     names = {path.name for path in (tmp_path / "samples").iterdir()}
-    assert names == {"data.png", "noising.png", "loss.png", "epoch_0002.png", "epoch_0004.png"}
+    assert names == {"data.png", "noising.png", "loss.png", "nearest.png", "epoch_0002.png", "epoch_0004.png"}
     with Image.open(tmp_path / "samples" / "epoch_0004.png") as grid:
         assert grid.width == grid.height >= 2 * 8
     model = SimpleDiffusion.load(tmp_path / "diffusion_model.pth", device="cpu")
