@@ -318,7 +318,7 @@ class DiffusionModel(nn.Module):
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
                            prediction=prediction, t_distribution=t_distribution)
         self.n_steps = n_steps
-        # In float64 (a thousand factors near 1) on the CPU, also where all else is made elsewhere; kept as float32.
+        # In float64, for a thousand factors near 1 are multiplied, and on the CPU, for MPS lacks it; kept as float32.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
@@ -755,7 +755,7 @@ def make_optimizers(network, lr):
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
-    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]     # and norms, biases, labels
+    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases, ...
     # match_rms_adamw: updates as large as AdamW's would be, so that the two rates are of one size.
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
@@ -894,7 +894,7 @@ class TrainingRun:
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
         if state["memory_format"] != str(memory_format(self.images.device)):
-                return  # to or from MPS: Muon's matrices have another order of columns, so it begins without momentum
+            return  # to or from MPS: Muon's matrices have another order of columns, so it begins without momentum
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             support.restore_optimizer(optimizer, saved)
 

@@ -206,6 +206,17 @@ def test_another_setting_is_an_error_that_names_it(whole, here, capsys, flags):
     assert flags.split()[0] in line and "--restart" in line and before == (whole / "training_state.pth").read_bytes()
 
 
+def test_a_clone_stays_clean(here):
+    """Git ignores whatever a run without --out writes there, but the released weights that it replaces."""
+    for _ in range(3):
+        assert train("--epochs", 1, "--restart") == 0
+    written = {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()}
+    assert "samples/nearest.png" in written and "diffusion_model.pth.bak2" in written
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", "--", *written], cwd=ROOT, capture_output=True,
+                             text=True).stdout.split()
+    assert written - set(ignored) == {"diffusion_model.pth", "model_info.json"}
+
+
 def test_an_older_checkpoint_is_kept(here, monkeypatch):
     """As diffusion_model.pth.bak, also where the run is killed between its first export and its first state; and so is
     the model_info.json that describes it."""
