@@ -47,21 +47,16 @@ except ImportError:
 # 0. The machine: device, bfloat16, progress bar
 
 
-def brief(error):
-    """What is wrong, in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def pick_device(name=None):
     """MPS, then CUDA, then CPU. Given a name, that device, or a ValueError if it is not available."""
     if name is None:
-        gpu = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else None
-        return torch.device(gpu or "cpu")
+        best = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(best)
     try:
         torch.zeros(1, device=name).tolist()  # try it: torch accepts names of devices that are not there
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} is not available ({brief(error)}): leave --device out") from None
+        raise ValueError(f"device {name} is not available ({brief(error)}): name another, or none") from None
 
 
 def has_bfloat16(device):
@@ -103,6 +98,11 @@ def progress_bar(steps, show):
     return steps
 
 
+def brief(error):
+    """What is wrong, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The U-Net: time embedding, attention, residual block, SimpleUNet
 
@@ -121,7 +121,7 @@ def divisors(n, limit):
 
 
 def group_norm(channels):
-    """GroupNorm of at most 32 groups of at least 16 channels each: smaller ones are far slower in bfloat16."""
+    """GroupNorm of at most 32 groups of 16 or more channels (or one of fewer): smaller ones are slow in bfloat16."""
     return nn.GroupNorm(max(divisors(channels, min(32, max(1, channels // 16)))), channels)
 
 
@@ -233,7 +233,7 @@ class SimpleUNet(nn.Module):
             exits.append(nn.Sequential(nn.Conv2d(below, above, 1), nn.Upsample(scale_factor=2)))
         self.down = nn.ModuleList()
         self.middle = blocks(widths[-1], [level_heads[-1], 0])              # 0: the second has no attention
-        self.up = nn.ModuleList()
+        self.up = nn.ModuleList()                                           # the last level first
         for width, depth, heads, entry, way_out in zip(widths, depths, level_heads, entries, exits):
             self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
             merges = nn.ModuleList([nn.Conv2d(2 * width, width, 1) for _ in range(depth)])  # 2: features and skip
@@ -257,9 +257,9 @@ class SimpleUNet(nn.Module):
                 skips.append(x)
         for block in self.middle:
             x = block(x, emb)                                               # (B, 128, 8, 8)
-        for level in self.up:                                               # the newest of the skips first
+        for level in self.up:
             for merge, block in zip(level["merges"], level["blocks"]):
-                x = block(merge(torch.cat([x, skips.pop()], dim=1)), emb)
+                x = block(merge(torch.cat([x, skips.pop()], dim=1)), emb)   # the newest skip first
             x = level["exit"](x)                                # (B, 128, 16, 16), (B, 64, 32, 32), (B, 3, 32, 32)
         return x
 
@@ -268,11 +268,11 @@ class SimpleUNet(nn.Module):
 # 2. The diffusion process and its samplers: DiffusionModel
 #
 # Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and teach the
-# network to tell the two apart. Both factors depend on the timestep t: alpha falls from nearly 1 to nearly 0, sigma
-# rises from nearly 0 to nearly 1, and alpha^2 + sigma^2 = 1, so that x_T, the last x_t, is almost pure noise.
+# network to tell the two apart. Both factors depend on the timestep t, drawn anew for each: alpha falls from nearly 1
+# to nearly 0, sigma rises from nearly 0 to nearly 1, and alpha^2 + sigma^2 = 1, so x_T, the last, is nearly noise.
 # Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate with a
 # little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the estimate is the
-# mean of all images that x_t may have come from: a blur while there is much noise, and sharper the less there is.
+# mean of all images that x_t may have come from: a blur while there is much noise, the sharper the less there is.
 #
 # The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0: with x_t, either gives
 # x_0. With the noise one has to divide by alpha, 0.006 at the last t (linear schedule), which multiplies every error.
@@ -297,12 +297,12 @@ class DiffusionModel(nn.Module):
 
     model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
     third argument, where they are given. For guidance, its attribute num_classes is the null label.
+    schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps.
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    alpha^2 is alphas_cumprod, the product of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., alpha^2 in DDIM.)
-    Timesteps count from 0: t = 0 is the papers' t = 1, an image with the noise of one step. The clean image keeps its
-    name x_0, but its timestep is -1. schedule: "cosine", or "linear" (beta_start to beta_end, times 1000 / n_steps).
     t_distribution: which timesteps training draws: "uniform" (Algorithm 1), or "lognormal": those around the noise
     levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
+    Timesteps count from 0: t = 0 is the papers' t = 1. A clean image has t = -1: x_start if given, x_0 if estimated.
+    alpha^2 is alphas_cumprod, the product of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., alpha^2 in DDIM.)
     """
 
     def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise",
@@ -324,10 +324,9 @@ class DiffusionModel(nn.Module):
         if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         if alphas_cumprod[-1] > 0.01:
-            warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end or n_steps")
-        tables = dict(
-            betas=betas,
-            alphas_cumprod=alphas_cumprod,
+            warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end")
+        tables = dict(  # alpha_sigma reads the two square roots; the others are for your own code
+            betas=betas, alphas_cumprod=alphas_cumprod,
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
             posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),   # eq. 7; 0 at t = 0
@@ -355,8 +354,8 @@ class DiffusionModel(nn.Module):
         quantiles = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
         if self.config["t_distribution"] == "uniform":
             return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)    # rounding can reach n_steps
-        # ln(sigma / alpha) is normal (Karras et al. 2022, table 1; mean -1.2 there, -0.8 was better here). Half of all
-        # uniform t of the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
+        # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1, mean -0.8 (there -1.2). Half of
+        # all uniform t of the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
         wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)    # the quantiles of that normal
         midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2             # ln(sigma / alpha) between two timesteps
         return torch.searchsorted(midpoints, wanted)                        # the timestep that is nearest to each
@@ -401,10 +400,10 @@ class DiffusionModel(nn.Module):
         return x_0.clamp(-1, 1)  # no image lies outside; later steps would make the error larger
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
-        """Mix x_0 with the noise in x_t, in the shares of s (Song et al. 2021, eqs. 12 and 16): -> x_s, like x_t.
+        """Mix x_0 with the noise in x_t, in the shares of s: -> x_s, like x_t (Song et al. 2021, eq. 7; eta: eq. 16).
 
         x_0: the image aimed at. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the noise is
-        replaced by new_noise: 0 none; 1 as in the posterior, eq. 7 if s = t - 1: then this is line 4 of Algorithm 2.
+        replaced by new_noise: 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (s = t - 1: line 4 of Algorithm 2).
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
@@ -412,12 +411,12 @@ class DiffusionModel(nn.Module):
         noise = (x_t - alpha_t * x_0) / sigma_t                             # eq. 4, solved for the noise
         # The beta of the whole way from s to t, 1 - (alpha_t / alpha_s)^2, written so that it is accurate when small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()                      # squared, with eta 1: posterior_variance
-        return alpha_s * x_0 + (sigma_s**2 - spread**2).sqrt() * noise + spread * new_noise
+        spread = eta * sigma_s / sigma_t * beta.sqrt()          # eta 1, s = t - 1: the root of posterior_variance
+        return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
-        """One ancestral step (Algorithm 2, lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}, like x_t."""
+        """One ancestral step (Algorithm 2, lines 3, 4), for your own loops: x_t (B, C, H, W), t (B,) -> x_{t-1}."""
         # Ho et al. give two variances (section 3.2). This is the posterior's: 0 at t = 0, so x_0 itself is returned.
         return self.step(x_t, self.predict_x_start(x_t, t, y), t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
@@ -445,10 +444,10 @@ class DiffusionModel(nn.Module):
         sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ may merge some); None: its default.
         y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
         guidance_interval: guide only where sigma / alpha is in this range (Kynkaanniemi et al. 2024, 2404.07724).
-        seed: image i is drawn with seed + i, whatever batch it is in; None: random. torch's random state is not used.
+        seed: image i of the batch is drawn with seed + i, alone too; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
-        x_T (N, C, H, W): the starting noise, in place of the seed's. Raises ValueError if options do not fit.
+        x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar. ValueError if options do not fit.
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
         """
         device = self.betas.device
@@ -474,12 +473,12 @@ class DiffusionModel(nn.Module):
         pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
         with torch.inference_mode(), eval_mode(self.model), autocast(device):
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2
-                now = Step(t, s, x_t, denoise(x_t, t))
+                now = Step(x_t, denoise(x_t, t), t, s)
                 if callback is not None:
                     callback(i, t, x_t, now.x_0)
-                x_0 = chosen.aim(self, now, before, denoise)
+                aim = chosen.aim(self, now, before, denoise)
                 z = draw_noise() if chosen.eta > 0 and s >= 0 else 0.0      # line 3
-                x_t = self.step(x_t, x_0, t, s, chosen.eta, z)              # line 4
+                x_t = self.step(x_t, aim, t, s, chosen.eta, z)              # line 4
                 if mask is not None:                                        # kept pixels: as noisy as the others
                     x_t = mask * x_t + (1 - mask) * self.q_sample(init_image, s, draw_noise())
                 before = now
@@ -491,8 +490,8 @@ class DiffusionModel(nn.Module):
             if value is None:
                 return None
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
-            broadcasts = all(m in (1, n) for m, n in zip(value.shape[::-1], wanted[::-1]))
-            if value.ndim > len(wanted) or not (broadcasts if name == "mask" else value.shape == torch.Size(wanted)):
+            fits = value.ndim <= len(wanted) and all(m in (1, n) for m, n in zip(value.shape[::-1], wanted[::-1]))
+            if not fits or (name != "mask" and value.shape != torch.Size(wanted)):
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
             if not low <= value.min() <= value.max() <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}")
@@ -511,10 +510,10 @@ class DiffusionModel(nn.Module):
 
 class Step(NamedTuple):
     """One step of sampling, from timestep t to s < t: x_t, and the network's estimate of the clean image x_0 in it."""
-    t: int
-    s: int
     x_t: torch.Tensor
     x_0: torch.Tensor
+    t: int
+    s: int
 
 
 class Sampler(NamedTuple):
@@ -522,8 +521,9 @@ class Sampler(NamedTuple):
     steps: int          # how many by default; None: n_steps
     even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
     eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
-    # aim(process, now, before, denoise) -> image to aim at. For a noise of yours: (x_t - sigma_t * noise) / alpha_t
-    # before: the last Step, or None. denoise(x_t, t) -> x_0 calls the network once more, at any t >= 0 (s may be -1).
+    # aim(process, now, before, denoise) -> the image that `step` mixes with noise. before: the last Step, or None.
+    # To step along a noise instead, as Heun along the mean of two, return (x_t - sigma_t * noise) / alpha_t.
+    # denoise(x_t, t) -> x_0: one more call; Heun's, at x_s = process.step(now.x_t, now.x_0, now.t, now.s), if s >= 0.
     aim: Callable = lambda process, now, before, denoise: now.x_0
 
 
@@ -552,60 +552,6 @@ def noise_of_seeds(shape, seed, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The whole: SimpleDiffusion (network, process, configuration) and its file
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path to write to; it takes the place of `path` only once all of it is on the disk."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
-        raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):  # it was moved, or never made
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def reading(path, remedy="give another file"):
-    """Yield what torch.save wrote to `path`. Any error, in the block too, becomes a ValueError that names the file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        # torch.load checks no checksums and would unpack a compressed file to any size. Ours are not compressed.
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
-                raise ValueError("its checksums or sizes are wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        check_contents(saved)
-        yield saved
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be sound
-        raise
-    except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
-        reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
-        raise ValueError(f"{path} is damaged, or no file of this kind ({reason}): {remedy}") from None
-
-
-def check_contents(value, depth=0):
-    """Refuse all but finite tensors and numbers, strings, and a few levels of lists and dicts of them."""
-    if isinstance(value, torch.Tensor):
-        # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
-        repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
-        if repeats or value.is_complex() or not value.isfinite().all():
-            raise ValueError("a tensor does not hold finite numbers")
-    elif isinstance(value, dict):
-        check_contents([*value, *value.values()], depth)
-    elif isinstance(value, (list, tuple)) and depth < 6:  # deeper: a short pickle can nest without end
-        for entry in value:
-            check_contents(entry, depth + 1)
-    elif not isinstance(value, (int, str, type(None))) and not (isinstance(value, float) and math.isfinite(value)):
-        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")
 
 
 class SimpleDiffusion(nn.Module):
@@ -642,16 +588,16 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """Sample images: -> (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample, images in [-1, 1]."""
-        shape = (batch_size, self.model.config["in_channels"], self.image_size, self.image_size)
+        """Draw images: (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample; init_image in [-1, 1]."""
+        shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
     def save(self, path="diffusion_model.pth", **info):
         """Write weights (float16) and what rebuilds the model, as a dict. info: numbers and strings, for humans."""
-        weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.model.state_dict().items()}
+        weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise FloatingPointError(f"the weights are not finite, or too large for float16: {path} was not written")
-        contents = dict(model_config=self.model.config, diffusion_config=self.diffusion.config, info=info,
+        contents = dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
                         model_state_dict=weights, image_size=self.image_size, class_names=self.class_names)
         with replacing(path) as temporary:
             torch.save(contents, temporary)
@@ -673,6 +619,60 @@ class SimpleDiffusion(nn.Module):
             model.network.load_state_dict(weights, assign=True)
         device = pick_device(device)
         return model.to(device, torch.float32, memory_format=memory_format(device)).eval()
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path to write to; it takes the place of `path` only once all of it is on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
+        raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it was moved, or never made
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def reading(path, remedy="give another file"):
+    """Yield what torch.save wrote to `path`. What is wrong with it, or in the block, is a ValueError that names it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        # torch.load checks no checksums and would unpack a compressed file to any size. Ours are not compressed.
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
+                raise ValueError("its checksums or sizes are wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_contents(saved)
+        yield saved
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be sound
+        raise
+    except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
+        reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
+        raise ValueError(f"{path} is damaged, or no file of this kind ({reason}): {remedy}") from None
+
+
+def check_contents(value, depth=0):
+    """Refuse all but finite tensors and numbers, strings, and a few levels of lists and dicts of them."""
+    if isinstance(value, torch.Tensor):
+        # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
+        repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
+        if repeats or value.is_complex() or not value.isfinite().all():
+            raise ValueError("a tensor does not hold finite numbers")
+    elif isinstance(value, dict):
+        check_contents([*value, *value.values()], depth)
+    elif isinstance(value, (list, tuple)) and depth < 6:  # deeper: a short pickle can nest without end
+        for entry in value:
+            check_contents(entry, depth + 1)
+    elif not isinstance(value, (int, str, type(None))) and not (isinstance(value, float) and math.isfinite(value)):
+        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -731,9 +731,9 @@ def learning_rate(step, total_steps, peak):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Update the average after step number `step`: the last 3 % of all steps make up half of it."""
+    """Update the average after step number `step`: the last 3 % of the steps so far make up half of it."""
     decay = 0.5 ** (1 / (0.03 * step))                                      # decay ** (0.03 * step) is 1/2
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)       # all in one call
 
 
 def training_batch(images, labels, index, num_classes, flip=True):
@@ -816,12 +816,12 @@ class TrainingRun:
     def train_step(self):
         """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        seed = 1_000_003 * self.config.seed                                 # far apart: runs share no step's seed
+        first_seed = 1_000_003 * self.config.seed                           # far apart: runs share no step's seed
         if self.order is None or i == 0:
-            generator = torch.Generator().manual_seed(seed + epoch)
+            generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        # A seed of its own for each step and rank: all random numbers from here on follow from it.
-        torch.manual_seed((seed + self.step) * self.processes.count + self.processes.rank)
+        # One seed for each step and rank: all random numbers from here on follow from it.
+        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
         with autocast(x.device):
@@ -831,7 +831,7 @@ class TrainingRun:
         for optimizer, peak_rates in zip(self.optimizers, self.peak_rates):
             for group, peak in zip(optimizer.param_groups, peak_rates):
                 group["lr"] = learning_rate(self.step, self.total_steps, peak)
-            optimizer.step()                                                # line 5: the step along its gradient
+            optimizer.step()                                                # line 5: the gradient descent step
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         update_ema(self.ema, self.model, self.step)
@@ -860,7 +860,7 @@ class TrainingRun:
                      memory_format=str(memory_format(self.images.device)), step=self.step, seconds=self.seconds,
                      losses=self.fetch_losses(), epoch_losses=self.epoch_losses, images=len(self.images),
                      origin=self.origin, config=asdict(self.config))
-        check_contents(state)  # what could not be read again must not replace what can
+        check_contents(state)  # a state that `resume` would refuse must not replace a good one
         if self.processes.rank == 0:
             with replacing(self.out / "training_state.pth") as temporary:
                 torch.save(state, temporary)
@@ -893,10 +893,9 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        if state["memory_format"] != str(memory_format(self.images.device)):
-            return  # to or from MPS: Muon's matrices have another order of columns, so it begins without momentum
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            support.restore_optimizer(optimizer, saved)
+        if state["memory_format"] == str(memory_format(self.images.device)):  # MPS orders Muon's columns otherwise
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                support.restore_optimizer(optimizer, saved)
 
 
 def train(config, make_optimizers=make_optimizers):
@@ -909,8 +908,8 @@ def train(config, make_optimizers=make_optimizers):
     processes = support.Processes(pick_device(config.device))
     begin_model(config, 3, None)  # only so that wrong options are reported before the data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
-        data = load_images(config.data, config.image_size, config.limit)
-    run = TrainingRun(config, *data, processes, make_optimizers)
+        images, labels, class_names = load_images(config.data, config.image_size, config.limit)
+    run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
     resumed = run.resume()
     processes.check_equal(run.step, "training_state.pth: --out must be a folder that all machines share")
     if run.step >= run.total_steps:
@@ -918,8 +917,8 @@ def train(config, make_optimizers=make_optimizers):
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds                                # as if there had been no break
-    saved = run.seconds
-    with report.bar, support.stop_signals() as received:  # a first Ctrl-C waits here, a second ends at once, unsaved
+    saved_at = run.seconds
+    with report.bar, support.stop_signals() as received:  # it holds the first Ctrl-C; a second ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
@@ -927,11 +926,11 @@ def train(config, make_optimizers=make_optimizers):
             epoch_done = run.step % run.steps_per_epoch == 0
             if epoch_done:
                 report.epoch(run.end_epoch())
-            stop = processes.largest(received[0] if received else 0)        # a signal's number: all of them stop here
-            # A crash costs five minutes at most; where an epoch takes only a second, not every one is worth a file.
-            if stop or run.step == run.total_steps or run.seconds - saved > (20 if epoch_done else 300):
+            stop = processes.largest(received[0] if received else 0)        # the signal that any process got, or 0
+            # A crash or a second Ctrl-C costs five minutes at most; an epoch of a few seconds is not worth a file.
+            if stop or run.step == run.total_steps or run.seconds - saved_at > (20 if epoch_done else 300):
                 run.save()
-                saved = run.seconds
+                saved_at = run.seconds
             if stop:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
                 sys.exit(128 + stop)                                        # 130 or 143, the shells' convention
@@ -940,7 +939,8 @@ def train(config, make_optimizers=make_optimizers):
 
 def main(argv=None):
     if support is None:
-        sys.exit("error: training needs support.py of this project beside this file")
+        print("error: training needs support.py of this project beside this file", file=sys.stderr)
+        sys.exit(2)
     with support.ends_in_one_line():
         train(support.parse_options(TrainConfig, argv, __doc__))
 

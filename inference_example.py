@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from diffusion_model import SAMPLERS, SimpleDiffusion, progress_bar
-from support import (Parser, SingleFiles, ends_in_one_line, from_uint8, read_picture, save_denoising, save_grid,
-                     to_uint8, tune_torch)
+from support import (Parser, SingleFiles, ends_in_one_line, from_uint8, picture_path, read_picture, save_denoising,
+                     save_grid, to_uint8, tune_torch)
 
 GUIDANCE = 2.0   # above 1: more typical of the class; the best of those tried (tests/MEASURED.md)
 BATCH = 16       # pictures at a time, so that any number of them fits in memory; more are no faster on a CPU
@@ -76,7 +76,7 @@ def parse(argv):
     add("--steps", type=int, help="network calls a picture (by default what is usual for the sampler)")
     add("--seed", type=int, default=0, help="of the first picture (default 0); picture i is drawn from seed + i")
     add("--checkpoint", type=Path, default=Path("diffusion_model.pth"), metavar="FILE", help="(default %(default)s)")
-    add("--out", type=Path, default=Path("samples/generated.png"), metavar="FILE", help="(default %(default)s)")
+    add("--out", type=picture_path, default="samples/generated.png", metavar="FILE", help="(default %(default)s)")
     add("--device", help="such as cpu or cuda:1 (default: the best there is)")
     add("--save-each", type=Path, metavar="FOLDER", help="each picture in a file of its own as well")
     add("--init-image", type=Path, metavar="FILE", help="start from this picture instead of noise")
@@ -102,7 +102,7 @@ def layout(args, names):
     if not rows and (args.interpolate or not (args.n or args.denoising)):
         rows = names
     if rows:
-        n = args.n or (1 if args.denoising else max(1, min(8, GRID // len(names))))
+        n = args.n or (1 if args.denoising else max(1, min(8, GRID // len(rows))))
         return [names.index(name) for name in rows for _ in range(n)], n
     n = args.n or (4 if args.denoising else 8 if args.interpolate else 16)
     columns = len(names) if 5 <= len(names) <= 16 and n % len(names) == 0 else math.ceil(math.sqrt(n))
@@ -112,7 +112,7 @@ def layout(args, names):
 def draw(args):
     tune_torch()
     if not args.checkpoint.is_file():
-        raise ValueError(f"{args.checkpoint}: no such file; train first: python diffusion_model.py")
+        raise ValueError(f"{args.checkpoint}: no such file; give --checkpoint, or train: python diffusion_model.py")
     model = SimpleDiffusion.load(args.checkpoint, args.device)
     names = [str(name) for name in model.class_names or range(model.network.num_classes or 0)]
     labels, columns = layout(args, names)
@@ -131,11 +131,11 @@ def draw(args):
         options["callback"] = lambda i, t, *pair: moments.append(to_uint8((torch.stack(pair) + 1) / 2).cpu())
         if count > BATCH or args.out.suffix == ".gif":
             raise ValueError(f"--denoising shows at most {BATCH} pictures; --out is the strip, the GIF goes beside it")
-    started = time.monotonic()
     endings = ["_" + re.sub(r"[^\w-]+", "-", name) for name in names]       # a name from a file may hold / and ..
     files = [f"{i:05d}{endings[label] if names else ''}.png" for i, label in enumerate(labels)]
     single = SingleFiles(args.save_each, files, keep=count > GRID)
-    for batch in batches(model, labels, single.first, args.seed, **options):
+    first, started = single.first, time.monotonic()
+    for batch in batches(model, labels, first, args.seed, **options):
         single.save(batch)
         if count <= GRID:
             images.extend(batch)
@@ -144,7 +144,7 @@ def draw(args):
     elif images:
         save_grid(torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size))
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
-    print(f"{count} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
+    print(f"{count - first} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
           f"{len(model.diffusion.timesteps(args.sampler, args.steps))} steps, guidance {options['guidance']:g}")
     gif = args.out.with_suffix(".gif") if args.denoising else None
     print("wrote", *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path))

@@ -1,6 +1,6 @@
 """What surrounds the training of diffusion_model.py: data sets, pictures, options, several processes, signals, errors.
 
-None of it is needed to understand diffusion. It needs torch alone; torchvision, PIL, numpy and matplotlib are
+None of it is needed to understand diffusion. It needs torch alone; torchvision, PIL, numpy, matplotlib and tqdm are
 imported in the functions that use them.
 """
 import argparse
@@ -63,7 +63,7 @@ def draw_shapes(image_size, count, seed=0):
 
 
 def open_picture(path, size):
-    """Any picture file -> a PIL image: upright, RGB, on white if transparent; of a large JPEG what `size` needs."""
+    """Any picture file -> a PIL image: upright, RGB, white where transparent; of a large JPEG what `size` needs."""
     import numpy
     from PIL import Image, ImageOps
     try:
@@ -99,7 +99,7 @@ def read_picture(path, image_size, channels=3):
 
 
 def note(line):
-    """Say something about the data, in one of several processes alone."""
+    """Print a line about the data; of several processes only the first does."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
@@ -116,22 +116,25 @@ def load_folder(folder, image_size, limit):
             picture = open_picture(path, image_size)
         except ValueError as error:
             unreadable.append(error)
-            note(f"skipped: {error}")
             continue
         images.append(to_square(picture, image_size))
         kept.append(path.relative_to(folder))
         cut.append(1 - min(picture.size) / max(picture.size))               # the share that is lost
     if len(unreadable) > len(kept):
-        raise ValueError(f"{len(unreadable)} of {len(kept) + len(unreadable)} pictures cannot be read, the first: "
-                         f"{unreadable[0]}")
+        raise ValueError(f"{len(unreadable)} of {len(kept) + len(unreadable)} pictures cannot be read: convert them "
+                         f"to JPEG or PNG. The first: {unreadable[0]}")
+    for error in unreadable[:9]:
+        note(f"skipped: {error}")
+    if len(unreadable) > 9:
+        note(f"skipped: {len(unreadable) - 9} more")
     if not kept:
         raise ValueError(f"{folder}: no pictures found ({' '.join(sorted(suffixes))})")
     if max(cut) > 0.1:
         note(f"cropped: {sum(share > 0.1 for share in cut)} of {len(cut)} pictures are far from square; of the worst, "
              f"{kept[cut.index(max(cut))]}, {max(cut):.0%} are cut off")
+    if all(torch.equal(image, image[:1].expand_as(image)) for image in images):  # grey: one channel says it all
+        images = [image[:1] for image in images]
     images = torch.stack(images)
-    if (images == images[:, :1]).all():  # grey, all of them: one channel says it all
-        images = images[:, :1].contiguous()
     if min(len(path.parts) for path in kept) == 1:  # some pictures lie in `folder` itself
         return images, None, None
     class_names = sorted({path.parts[0] for path in kept})
@@ -139,7 +142,7 @@ def load_folder(folder, image_size, limit):
 
 
 def with_channels(images, channels):
-    """Images (N, C, S, S) for a network of so many channels: grey ones will do for one in colour."""
+    """Images (N, C, S, S) with as many channels as the network has: grey ones are repeated for one in colour."""
     if images.shape[1] > channels:
         raise ValueError("--init: its network draws in grey, and these images are in colour")
     return images.expand(-1, channels, -1, -1)
@@ -173,7 +176,7 @@ def load_images(data, image_size=32, limit=None):
         cifar = CIFAR10(root, train=True, download=data == "cifar10" or (root / CIFAR10_ARCHIVE).exists())
     except Exception as error:  # no network, a full disk, a file cut off
         raise ValueError(f"CIFAR-10 could not be loaded ({error}): fetch it with curl, which goes on where it broke "
-                         f"off: curl -C - --create-dirs -o {shlex.quote(str(root / CIFAR10_ARCHIVE))} {CIFAR10.url} "
+                         f"off: curl -C - --create-dirs -o {quoted(root / CIFAR10_ARCHIVE)} {CIFAR10.url} "
                          f"(a mirror will do, for its checksum is verified); or train without it: --data shapes, or "
                          f"--data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
@@ -209,14 +212,15 @@ def save_grid(images, path, columns, scale=None):
 def most_alike(images, data):
     """Of `data`, uint8 (M, C, S, S), the one nearest to each of `images` (N, C, S, S) in [0, 1]: -> like `images`."""
     either_way = torch.cat([images, images.flip(3)]).flatten(1)             # (2 N, C * S * S): training mirrors, too
-    distances = torch.cat([torch.cdist(part.flatten(1) / 255, either_way) for part in data.split(1000)])    # (M, 2 N)
+    parts = data.split(1 + 3_000_000 // data[0].numel())                    # of 12 MB each, as float32
+    distances = torch.cat([torch.cdist(part.flatten(1) / 255, either_way) for part in parts])   # (M, 2 N)
     return data[torch.minimum(*distances.chunk(2, dim=1)).argmin(dim=0)] / 255
 
 
 class SingleFiles:
     """Pictures in files of their own in `folder` (None: nowhere). keep: go on after those that are there already.
 
-    Raises ValueError if other pictures are there: under other names, or drawn in another way.
+    Raises ValueError if pictures of other names are there; with keep, also if the last one was drawn in another way.
     """
 
     def __init__(self, folder, names, keep):
@@ -299,12 +303,17 @@ def plot_noising(image, processes, schedule, path):
 # Options and errors on the command line
 
 
+def quoted(path):
+    """`path` as one word of a command: Windows' cmd.exe takes single quotes for part of a name."""
+    return f'"{path}"' if os.name == "nt" else shlex.quote(str(path))
+
+
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
 def check_options(options):
-    """Check the numbers of a TrainConfig, and make its values plain ones, all that a file can hold.
+    """Check the numbers of a TrainConfig and turn its values into plain ones, which is all that a file can hold.
 
     From Python a Path, a list or a number of numpy's will do as well. Raises a ValueError that names the flag.
     """
@@ -314,9 +323,9 @@ def check_options(options):
             continue
         try:
             if entry.type in (str, float):
-                value = entry.type(value)
+                value = os.path.expanduser(str(value)) if entry.type is str else float(value)  # --out=~/run
             elif entry.type is tuple:
-                value = tuple(map(operator.index, [value] if isinstance(value, int) else value))
+                value = tuple(map(operator.index, [value] if hasattr(value, "__index__") else value))
             else:
                 value = entry.type(operator.index(value))
         except (TypeError, ValueError):
@@ -325,8 +334,19 @@ def check_options(options):
         numbers = value if entry.type is tuple else [value] if entry.type is not str else []
         for number in numbers:
             if not least <= number < below:
-                bounds = [f"at least {least}"] * (least > -math.inf) + [f"below {below}"] * (below < math.inf)
+                bounds = [f"at least {least}"] * (least > -math.inf) + [f"below {below}"] * (number >= below)
                 raise ValueError(f"{flag_of(entry.name)} must be {' and '.join(bounds) or 'a number'}, got {number}")
+    data, out = Path(options.data).resolve(), Path(options.out).resolve()
+    if options.data != "shapes" and not is_cifar10(options.data) and data in (out, *out.parents):
+        raise ValueError(f"--out {out} lies in --data {data}: what is written there would become training pictures")
+
+
+def picture_path(name):
+    """The path of a picture to write, as the type of a flag: a wrong ending is refused before anything is drawn."""
+    from PIL import Image
+    if Image.registered_extensions().get(Path(name).suffix.lower()) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"{name}: unknown file extension, give one such as .png")
+    return Path(name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -357,6 +377,8 @@ def parse_options(kind, argv, description):
 @contextlib.contextmanager
 def ends_in_one_line():
     """Let what a user can cause end in exit code 2 and one line that begins with "error:"."""
+    with contextlib.suppress(AttributeError):  # a redirected output may not know all letters of a class name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         return
@@ -367,8 +389,9 @@ def ends_in_one_line():
     except ImportError as error:
         message = f"{error}: pip install -r requirements.txt"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # no lack of memory, which CPU, CUDA and MPS all report with this word, but a bug: show where
+        words = ("allocate", "out of memory", "alloc_failed")               # of CPU and MPS; of CUDA; of its libraries
+        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in words):
+            raise  # no lack of memory but a bug: show where
         message = (f"out of memory ({error}): lower --batch-size, --hidden-channels or --image-size, together with "
                    f"--restart; to draw, -n below 16 or --device cpu")
     print("error:", " ".join(str(message).split()), file=sys.stderr)
@@ -401,8 +424,8 @@ def stop_signals():
     def receive(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
-        if sys.stderr.isatty():
-            print("\nstopping after this step; a second time ends at once, without saving", file=sys.stderr)
+        if sys.stderr.isatty():  # no print(): this may have interrupted the bar in the midst of one
+            os.write(2, b"\nstopping after this step; a second time ends at once, without saving\n")
 
     try:
         for number in handlers:
@@ -417,8 +440,8 @@ class Processes:
     """This process among those of torchrun, each on a GPU of its own, or all on the CPU. Without torchrun: alone."""
 
     def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.count > 1 else 0
         self.device = device
         if self.count == 1:
             return
@@ -488,7 +511,7 @@ class Muon(torch.optim.Muon):
 
 
 def restore_optimizer(optimizer, saved):
-    """Give an optimiser what its state_dict() was: ValueError if that does not fit its parameters."""
+    """Load a saved state_dict() into an optimiser; ValueError if it does not fit the parameters."""
     if type(optimizer) not in (Muon, torch.optim.AdamW):  # one of your own: what it keeps is its own affair
         optimizer.load_state_dict(saved)
         return
@@ -558,7 +581,7 @@ def count_parameters(module):
 def describe(run):
     """What the checkpoint of a run is: a dict of numbers and strings."""
     config = run.config
-    name = "CIFAR-10" if is_cifar10(config.data) else config.data
+    name = "CIFAR-10" if is_cifar10(config.data) else Path(config.data).resolve().name
     return dict(
         architecture=f"SimpleUNet {run.model.network.config}", parameters=count_parameters(run.model), dataset=name,
         images_seen=run.step * run.batch_size, epochs=len(run.epoch_losses), batch_size=run.batch_size,
@@ -580,10 +603,10 @@ class Report:
         self.began = run.step, run.seconds                                  # an earlier start may have been elsewhere
         self.announce(resumed, precision)
         self.writer = self.tensorboard_writer() if run.config.tensorboard and self.first else None
-        self.bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images",
-                        unit_scale=True, dynamic_ncols=True, disable=not self.first or not sys.stderr.isatty())
         if self.first and not resumed:
             self.first_files()
+        self.bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images",
+                        unit_scale=True, dynamic_ncols=True, disable=not self.first or not sys.stderr.isatty())
 
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
@@ -613,10 +636,12 @@ class Report:
         """Before the first step: keep an older checkpoint, show what the network is fed, save the state."""
         run, samples = self.run, self.run.out / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        backups = len(list(run.out.glob("diffusion_model.pth.bak*")))       # .bak, .bak2, ...: none is overwritten
-        for name in ("diffusion_model.pth", "model_info.json"):
+        names = ("diffusion_model.pth", "model_info.json")
+        endings = (f".bak{n if n > 1 else ''}" for n in range(1, 10**6))    # .bak, .bak2, ...: none is overwritten
+        ending = next(end for end in endings if not any((run.out / (name + end)).exists() for name in names))
+        for name in names:
             if (run.out / name).exists():
-                shutil.copyfile(run.out / name, run.out / f"{name}.bak{backups + 1 if backups else ''}")
+                shutil.copyfile(run.out / name, run.out / (name + ending))
         x, _ = run.batch(torch.arange(min(64, len(run.images))))
         save_grid((x + 1) / 2, samples / "data.png", columns=8)
         process, config = type(run.model.diffusion), run.model.diffusion.config
@@ -647,12 +672,12 @@ class Report:
         self.bar.write(f"epoch {epoch:3d}/{run.epochs}  loss {run.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
                        f"{minutes_left:.0f} minutes left", file=sys.stdout)
         sys.stdout.flush()
-        # Where --images counts, an epoch can take a second: about twenty grids in all.
-        every = run.config.sample_every if run.config.images is None else max(1, run.epochs // 20)
+        # Where --images counts, an epoch can take a second: at most twenty grids in all.
+        every = run.config.sample_every if run.config.images is None else math.ceil(run.epochs / 20)
         if epoch % every == 0 or epoch == run.epochs:
             self.export()
         if epoch == run.epochs:
-            checkpoint = shlex.quote(str(run.out / "diffusion_model.pth"))
+            checkpoint = quoted(run.out / "diffusion_model.pth")
             self.bar.write(f"wrote {checkpoint}; draw from it: python inference_example.py --checkpoint {checkpoint}",
                            file=sys.stdout)
 

@@ -1,5 +1,6 @@
 """What the tests share. They need no network, no GPU and no data set."""
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = dict(hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, time_dim=16)
+INFO = {"architecture", "parameters", "dataset", "images_seen", "epochs", "batch_size", "optimizer", "learning_rate",
+        "prediction", "schedule", "n_steps", "final_loss", "training_minutes", "device", "torch", "date", "license"}
 
 
 def pytest_configure(config):
@@ -49,6 +52,43 @@ def assert_error(process, *words):
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def peak_memory():
+    """The most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def state(folder="."):
+    """All of a training_state.pth that must not depend on how often the run was stopped."""
+    saved = torch.load(Path(folder) / "training_state.pth", weights_only=True)
+    del saved["seconds"], saved["config"]["out"]
+    return saved
+
+
+def same(a, b):
+    """Equal to the bit, in all that the two hold."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def spy(set_attribute, owner, name, note):
+    """Have note(*arguments) called before each call of owner.name."""
+    function = getattr(owner, name)
+    set_attribute(owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder. The two plots take longer than a run, so they are left out."""
+    import support
+    monkeypatch.chdir(tmp_path)
+    for plot in ("plot_noising", "plot_losses"):
+        monkeypatch.setattr(support, plot, lambda *_: None)
+    return tmp_path
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import importlib.util
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import benchmark
 import diffusion_model
@@ -17,9 +18,11 @@ def options(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("side", benchmark.WORKERS)
-def test_each_side_does_a_step(options, side):
+def test_each_side_does_a_step(options, side, monkeypatch):
     if side == "train_diffusers" and importlib.util.find_spec("diffusers") is None:
         pytest.skip("diffusers is not installed")
+    options.worker = side
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # it takes a minute, and a compiler
     benchmark.WORKERS[side](options)()
 
 

@@ -2,11 +2,13 @@
 import copy
 import errno
 import io
+import itertools
 import os
 import pickle
 import random
 import resource
 import signal
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -17,24 +19,17 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from conftest import ROOT, TINY, assert_error, perturb, run
+from conftest import ROOT, TINY, assert_error, peak_memory, perturb, run
 
 import diffusion_model
 import support
 import inference_example
 from diffusion_model import DiffusionModel, SimpleDiffusion, SimpleUNet, load_images
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch has much to say about odd tensors
+# torch has much to say about odd tensors.
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("here")]
 RUN = ("--data shapes --image-size 4 --hidden-channels 2 --channel-mults 1 --num-res-blocks 1 --attention-levels "
        "--limit 8 --batch-size 4 --epochs 2 --sample-every 1 --device cpu").split()  # two epochs of two steps
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch, tmp_path):
-    """An empty working folder. The two plots take longer than a run, so they are left out."""
-    monkeypatch.chdir(tmp_path)
-    for plot in ("plot_noising", "plot_losses"):
-        monkeypatch.setattr(support, plot, lambda *_: None)
 
 
 @pytest.fixture
@@ -195,7 +190,7 @@ HARMLESS = {"info", "class_names", "num_heads", "dropout", "beta_end", "n_steps"
 
 def test_damaged_checkpoints(checkpoint, tiny_model, capsys):
     """Hundreds of them: a ValueError that names the file, one error line, nothing run; or else a model that draws."""
-    path = Path("damaged.pth")
+    path, refused = Path("damaged.pth"), itertools.count()
     want = tiny_model.half().float().state_dict()
 
     def check(name, data):
@@ -204,9 +199,11 @@ def test_damaged_checkpoints(checkpoint, tiny_model, capsys):
             model = SimpleDiffusion.load(path, "cpu")
         except ValueError as error:
             assert "damaged.pth" in str(error) and "\n" not in str(error)
-            assert "damaged.pth" in exit_of(inference_example.main, capsys, "--checkpoint", path, "--device", "cpu")
+            if next(refused) % 10 == 0:  # the line of the command is made of the same error
+                line = exit_of(inference_example.main, capsys, "--checkpoint", path, "--device", "cpu")
+                assert "damaged.pth" in line
         else:
-            assert "byte" in name or name in HARMLESS or name.split()[0] in HARMLESS, "it loads"
+            assert name.startswith("byte") or name in HARMLESS or name.split()[0] in HARMLESS, "it loads"
             assert all(torch.equal(tensor, want[key]) for key, tensor in model.state_dict().items())
             assert model.sample(1, steps=1, seed=0, progress=False).isfinite().all()
             inference_example.main(["--checkpoint", "damaged.pth", "-n", "1", "--steps", "1", "--device", "cpu"])
@@ -222,11 +219,10 @@ def test_a_file_that_claims_an_absurd_size(checkpoint, field, value):
     saved = from_bytes(checkpoint)
     next(part for part in (saved, saved["model_config"], saved["diffusion_config"]) if field in part)[field] = value
     Path("absurd.pth").write_bytes(to_bytes(saved))
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    memory, seconds = peak_memory(), time.process_time()
     with pytest.raises(ValueError, match="absurd.pth"):
         SimpleDiffusion.load("absurd.pth", "cpu")
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_maxrss - before.ru_maxrss < 300_000 and after.ru_utime - before.ru_utime < 5
+    assert peak_memory() - memory < 3e8 and time.process_time() - seconds < 5
 
 
 def test_a_zip_bomb_is_not_unpacked(checkpoint, monkeypatch):
@@ -253,7 +249,7 @@ def test_damage_on_the_command_line(checkpoint):
 
 def damaged_states(data):
     good = from_bytes(data)
-    yield from broken(data, flips=40, seed=1)
+    yield from itertools.islice(broken(data, flips=40, seed=1), 0, None, 8)  # read as checkpoints are
     yield from hostile(data)
     for field in ("model", "ema"):
         yield from ((name, to_bytes(saved)) for name, saved in wrong_weights(good, field))
@@ -289,7 +285,8 @@ def test_damaged_states(state, capsys):
             assert path.read_bytes() == data
         else:
             assert all(tensor.isfinite().all() for tensor in from_bytes(path.read_bytes())["ema"].values())
-            assert not name.startswith(("step is", "losses hold", "epoch_losses hold", "optim")), "it goes on"
+            refused = ("step is", "losses hold", "epoch_losses hold", "optim", "model ", "ema ")
+            assert not name.startswith(refused) or name.endswith("whole_numbers"), "it goes on"
     check_all(damaged_states(state), check, at_least=300)
 
 
@@ -320,6 +317,8 @@ def test_a_save_that_fails_leaves_the_old_file(checkpoint, state, tiny_model, mo
 @pytest.mark.parametrize("error, words", [
     (MemoryError(), "--batch-size"), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch-size"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--restart"),
+    (RuntimeError("CUDA error: out of memory"), "--batch-size"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "--batch-size"),
     (ModuleNotFoundError("No module named 'torchvision'"), "pip install -r requirements.txt")])
 def test_what_the_machine_lacks(monkeypatch, capsys, error, words):
     """Too little memory and a missing package end in one line that says what to do; any other error shows where."""

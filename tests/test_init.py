@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, new_run, perturb
-from test_training import same, spy, state
+from conftest import TINY, new_run, perturb, same, spy, state
 
 import diffusion_model
 import support
@@ -20,18 +19,15 @@ RUN = dict(data="FOLDER", init="source.pth", image_size=8, batch_size=4, images=
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, tiny_model):
+def here(here, tiny_model):
     """A folder with source.pth (classes a, b, c), plain.pth (without classes), and eight pictures of b and of z."""
-    monkeypatch.chdir(tmp_path)
-    for plot in ("plot_noising", "plot_losses"):
-        monkeypatch.setattr(support, plot, lambda *_: None)
     tiny_model.save("source.pth")
     perturb(SimpleDiffusion(8, **TINY), seed=1).save("plain.pth")
     for name, red in (("b", 0), ("z", 100)):
         Path("FOLDER", name).mkdir(parents=True)
         for i in range(8):
             Image.new("RGB", (8, 8), (red + i, 20 * i, 50)).save(f"FOLDER/{name}/{i}.png")
-    return tmp_path
+    return here
 
 
 def outputs(model, labels):
@@ -135,15 +131,16 @@ def test_a_picture_more(here):
         diffusion_model.train(TrainConfig(**RUN))
 
 
-@pytest.mark.parametrize("images, epochs", [(1, 1), (40, 2), (160, 10), (1600, 100)])
-def test_how_long(here, monkeypatch, images, epochs):
-    """--images is rounded to epochs, and there are about twenty grids, however many they are."""
+@pytest.mark.parametrize("images, epochs, grids", [(1, 1, 1), (40, 2, 2), (160, 10, 10), (480, 30, 15),
+                                                   (624, 39, 20), (1600, 100, 20)])
+def test_how_long(here, monkeypatch, images, epochs, grids):
+    """--images is rounded to epochs, and there are at most twenty grids, however many they are."""
     monkeypatch.setattr(TrainingRun, "train_step", lambda run: (
         setattr(run, "step", run.step + 1), run.losses.append(torch.tensor(1.0))))
+    exported = []
+    monkeypatch.setattr(support.Report, "export", lambda report: exported.append(len(report.run.epoch_losses)))
     diffusion_model.train(TrainConfig(**RUN | dict(images=images)))
-    grids = sorted(path.name for path in Path("samples").glob("epoch_*.png"))
-    assert len(state()["epoch_losses"]) == epochs and len(grids) == min(epochs, 20)
-    assert grids[-1] == f"epoch_{epochs:04d}.png"
+    assert len(state()["epoch_losses"]) == epochs == exported[-1] and len(exported) == grids
 
 
 def test_pictures_that_are_far_from_square(here, capsys):

@@ -195,13 +195,13 @@ def test_timesteps_are_spread_over_the_batch(t_distribution, count):
 
 
 @pytest.mark.parametrize("prediction, schedule", KINDS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 999, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 99, 100])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_image(sampler, steps, prediction, schedule):
     """If the data is one image, that is what comes out, or noise was left at the end (B1, B2, B4, B6). ddim and dpm++
     keep at every call to alpha x_0 + sigma noise with their first noise, or they mix up timesteps (B5)."""
-    image, (alphas, sigmas) = IMAGES[:2].double(), truth(schedule)
-    process = oracle(lambda x, alpha, sigma: image, prediction, schedule)
+    image, (alphas, sigmas) = IMAGES[:2].double(), truth(schedule, 100)
+    process = oracle(lambda x, alpha, sigma: image, prediction, schedule, 100)
     result = process.sample(image.shape, sampler, steps, progress=False)
     # x_0 from the noise is divided by alpha, which begins at 0.006, or for cosine at 5e-5.
     tolerance = {"v": 1e-4, "noise": 1e-3 if schedule == "linear" else 2e-2}[prediction]
@@ -320,7 +320,7 @@ def test_timesteps_even_in_lambda(steps, schedule, n_steps):
     wanted = torch.linspace(lambdas[seen[0]], lambdas[0], steps, dtype=torch.float64)
     nearest = (lambdas - wanted[:, None]).abs().argmin(dim=1).tolist()
     assert seen == sorted(set(nearest), reverse=True) and (steps == 1 or seen[-1] == 0)
-    assert seen[0] == n_steps - 1 if schedule == "linear" else seen[0] > 0.98 * n_steps and lambdas[seen[0]] >= -5.1
+    assert seen[0] == n_steps - 1 if schedule == "linear" else seen[0] == (lambdas >= -5.1).nonzero().max()
 
 
 @pytest.mark.parametrize("sampler, n_steps, expected", [("ddpm", 1000, 1000), ("ddim", 1000, 50), ("dpm++", 1000, 20),

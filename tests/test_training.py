@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import socket
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, new_run
+from conftest import INFO, ROOT, new_run, peak_memory, same, spy, state
 
 import diffusion_model
 import support
@@ -34,8 +33,6 @@ CONFIG = dict(data="shapes", image_size=8, hidden_channels=8, channel_mults=(1, 
               attention_levels=(1,), limit=256, batch_size=32, epochs=2, sample_every=1)  # two epochs of eight steps
 RUN = ("--data shapes --image-size 8 --hidden-channels 8 --channel-mults 1 2 --num-res-blocks 1 --device cpu "
        "--attention-levels 1 --limit 256 --batch-size 32 --epochs 2 --sample-every 1").split()
-INFO = {"architecture", "parameters", "dataset", "images_seen", "epochs", "batch_size", "optimizer", "learning_rate",
-        "prediction", "schedule", "n_steps", "final_loss", "training_minutes", "device", "torch", "date", "license"}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload("torch._dynamo torchvision.utils matplotlib.backends.backend_agg tqdm pytest".split())
 
@@ -76,32 +73,10 @@ def finish(folder, *flags):
     return folder
 
 
-def state(folder="."):
-    """All that must not depend on how often a run was stopped."""
-    saved = torch.load(Path(folder) / "training_state.pth", weights_only=True)
-    del saved["seconds"], saved["config"]["out"]
-    return saved
-
-
-def same(a, b):
-    """Equal to the bit, in all that the two hold."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
-
-
 def error_line(capsys):
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
-
-
-def spy(set_attribute, owner, name, note):
-    """Have note(*arguments) called before each call of owner.name."""
-    function = getattr(owner, name)
-    set_attribute(owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1])
 
 
 def steps_take(seconds, monkeypatch):
@@ -118,15 +93,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty working folder. The two plots take longer than a run, so they are left out."""
-    monkeypatch.chdir(tmp_path)
-    for plot in ("plot_noising", "plot_losses"):
-        monkeypatch.setattr(support, plot, lambda *_: None)
-    return tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +144,15 @@ def test_stopped_after_every_single_step(here, monkeypatch, capsys, dropout):
     assert signal.getsignal(signal.SIGINT) is handler  # as it was before
 
 
+def test_a_second_signal_ends_at_once(here, monkeypatch):
+    """In the middle of a step, and without saving."""
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    spy(monkeypatch.setattr, TrainingRun, "train_step", lambda run: run.step == 3 and twice())
+    assert train() == 130 and state()["step"] == 0
+
+
 def test_a_finished_run_does_nothing_and_more_epochs_go_on(here, capsys):
     """It says so, and no file is touched; --epochs 3 then does the third; --restart begins again."""
     def files():
@@ -206,12 +181,14 @@ def test_another_setting_is_an_error_that_names_it(whole, here, capsys, flags):
     assert flags.split()[0] in line and "--restart" in line and before == (whole / "training_state.pth").read_bytes()
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone")
 def test_a_clone_stays_clean(here):
     """Git ignores whatever a run without --out writes there, but the released weights that it replaces."""
     for _ in range(3):
         assert train("--epochs", 1, "--restart") == 0
     written = {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()}
     assert "samples/nearest.png" in written and "diffusion_model.pth.bak2" in written
+    written |= {"samples/loss.png", "samples/noising.png"}
     ignored = subprocess.run(["git", "check-ignore", "--no-index", "--", *written], cwd=ROOT, capture_output=True,
                              text=True).stdout.split()
     assert written - set(ignored) == {"diffusion_model.pth", "model_info.json"}
@@ -230,7 +207,9 @@ def test_an_older_checkpoint_is_kept(here, monkeypatch):
     assert Path("model_info.json.bak").read_bytes() == b"how it was made"
     before = Path("diffusion_model.pth").read_bytes()
     assert train("--restart", "--seed", 1) == 0 and Path("diffusion_model.pth.bak").read_bytes() == b"years of work"
-    assert before in [path.read_bytes() for path in here.glob("diffusion_model.pth.bak?")] and before != b""
+    assert Path("diffusion_model.pth.bak2").read_bytes() == before != b""
+    Path("diffusion_model.pth.bak").unlink()
+    assert train("--restart") == 0 and Path("diffusion_model.pth.bak2").read_bytes() == before
 
 
 def test_weights_that_are_not_finite_do_not_replace_a_state(here, capsys):
@@ -408,7 +387,7 @@ def test_learning_rate(total):
     """Above zero in the first step, at its peak after the warm-up, near zero at the end, never above the peak."""
     rates = [learning_rate(step, total, 1e-3) for step in range(total)]
     assert 0 < min(rates) and 0.98e-3 < max(rates) <= 1e-3 and rates.index(max(rates)) <= max(1, total // 20)
-    assert total < 100 or rates[-1] < 2e-6
+    assert total < 100 or rates[-1] < 2e-6 and rates[total // 2] == pytest.approx(0.5e-3, rel=0.02)
 
 
 def test_update_ema_against_a_plain_loop():
@@ -487,12 +466,23 @@ stray|--hidden-channels 1000000|--num-res-blocks 1000000|--image-size 1000000"""
 def test_a_wrong_value_is_refused_by_name(here, capsys, flags):
     """Exit code 2 and one line that names the flag, before anything large is allocated and anything is written."""
     Path("taken").write_text("")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     assert train(*flags.split()) == 2
     assert flags.split()[0].strip("-").split("=")[0] in error_line(capsys).replace("_", "-")
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in KB; on a Mac in bytes
-    assert grown < 500_000 * (1024 if sys.platform == "darwin" else 1)
+    assert peak_memory() - before < 5e8
     assert [path.name for path in here.iterdir()] == ["taken"]
+
+
+def test_what_a_run_writes_is_not_its_data(here, monkeypatch, capsys):
+    """--out in the folder of the pictures: at the next start the samples would be pictures, and "samples" a class."""
+    from PIL import Image
+    Path("pictures").mkdir()
+    Image.new("RGB", (8, 8), "red").save("pictures/red.png")
+    for flags in ("--data . --out run", "--data pictures --out pictures", "--data ../pictures --out ../pictures/run"):
+        monkeypatch.chdir(here / "pictures" if ".." in flags else here)
+        assert train(*flags.split()) == 2 and "--data" in error_line(capsys) and not list(here.rglob("*.pth"))
+    monkeypatch.setenv("HOME", str(here))
+    assert TrainConfig(out="~/run").out == str(here / "run")  # a shell leaves --out=~/run as it is
 
 
 def test_wrong_options_are_noticed_before_the_data_is_read(here, capsys, monkeypatch):
@@ -580,7 +570,8 @@ def test_an_optimiser_of_ones_own_resumes_to_the_bit(here, monkeypatch, optimize
 def test_another_learning_rate_goes_on(here):
     """The way out where a loss is not finite: nothing else may change, this may."""
     train("--epochs", 1)
-    assert train("--epochs", 2, "--lr", 1e-3) == 0 and state()["step"] == 16 and state()["config"]["lr"] == 1e-3
+    assert train("--epochs", 2, "--lr", 1e-3, "--sample-every", 5) == 0
+    assert state()["step"] == 16 and state()["config"]["lr"] == 1e-3
 
 
 def test_no_flip(here):
@@ -591,7 +582,7 @@ def test_no_flip(here):
         straight = support.from_uint8(run.images)
         mirrored = (x != straight).flatten(1).any(dim=1)
         assert torch.equal(x[mirrored], straight[mirrored].flip(3))
-        assert abs(mirrored.float().mean().item() - share) < 0.15
+        assert abs(mirrored.float().mean().item() - share) < (0.15 if share else 1e-9)
 
 
 def test_grey_pictures_are_one_channel(here):
@@ -607,11 +598,14 @@ def test_grey_pictures_are_one_channel(here):
     assert diffusion_model.load_images("grey", 8)[0].shape == (9, 3, 8, 8)
 
 
-def test_tensorboard(here, monkeypatch, capsys):
-    """--tensorboard writes the loss of every step; without the package, an error says how to get it."""
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
-        assert train("--tensorboard") == 2 and "pip install tensorboard" in error_line(capsys)
+def test_without_tensorboard(here, monkeypatch, capsys):
+    """An error says how to get it."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train("--tensorboard") == 2 and "pip install tensorboard" in error_line(capsys)
+
+
+def test_tensorboard(here):
+    """--tensorboard writes the loss of every step."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert train("--tensorboard") == 0
     losses = [event.value for event in accumulator.EventAccumulator("tensorboard").Reload().Scalars("loss")]
@@ -733,7 +727,7 @@ def test_64x64_with_default_flags_fits_in_two_gigabytes(tmp_path):
     # VmHWM is the peak since the program started. getrusage's would not do: it inherits the peak of pytest itself.
     code = ("import sys, diffusion_model\ndiffusion_model.main(sys.argv[1:])\n"
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
-    flags = "--data shapes --image-size 64 --limit 48 --batch-size 16 --epochs 1 --device cpu --out run".split()
+    flags = "--data shapes --image-size 64 --limit 32 --batch-size 16 --epochs 1 --device cpu --out run".split()
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
