@@ -908,7 +908,7 @@ def train(config, make_optimizers=make_optimizers):
     processes = support.Processes(pick_device(config.device))
     begin_model(config, 3, None)  # only so that wrong options are reported before the data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
-        images, labels, class_names = load_images(config.data, config.image_size, config.limit)
+        images, labels, class_names = load_images(config.data, config.image_size, config.limit, config.out)
     run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
     resumed = run.resume()
     processes.check_equal(run.step, "training_state.pth: --out must be a folder that all machines share")

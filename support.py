@@ -155,19 +155,22 @@ def is_cifar10(data):
     return data == "cifar10" or any((Path(data) / name).exists() for name in ("cifar-10-batches-py", CIFAR10_ARCHIVE))
 
 
-def load_images(data, image_size=32, limit=None):
+def load_images(data, image_size=32, limit=None, out=None):
     """Read a data set: -> images uint8 (N, 3, S, S), labels int64 (N,) or None, class_names or None.
 
     Where all pictures of a folder are grey, images are (N, 1, S, S).
 
     data: "cifar10" (in ./data, downloaded where missing), a folder that holds cifar-10-batches-py, any other folder of
-    images, or "shapes". limit: the first images only. Raises a ValueError that says what is wrong and what to do.
+    images, or "shapes". limit: the first images only. out: where a run writes, which must not be in that folder.
+    Raises a ValueError that says what is wrong and what to do.
     """
     if data == "shapes":
         return draw_shapes(image_size, limit or 5_000)
     if not is_cifar10(data):
         if not Path(data).is_dir():
             raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
+        if out is not None and Path(data).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+            raise ValueError(f"--out {out} lies in --data {data}: what a run writes would become training pictures")
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data).resolve()
@@ -336,9 +339,6 @@ def check_options(options):
             if not least <= number < below:
                 bounds = [f"at least {least}"] * (least > -math.inf) + [f"below {below}"] * (number >= below)
                 raise ValueError(f"{flag_of(entry.name)} must be {' and '.join(bounds) or 'a number'}, got {number}")
-    data, out = Path(options.data).resolve(), Path(options.out).resolve()
-    if options.data != "shapes" and not is_cifar10(options.data) and data in (out, *out.parents):
-        raise ValueError(f"--out {out} lies in --data {data}: what is written there would become training pictures")
 
 
 def picture_path(name):
@@ -582,6 +582,7 @@ def describe(run):
     """What the checkpoint of a run is: a dict of numbers and strings."""
     config = run.config
     name = "CIFAR-10" if is_cifar10(config.data) else Path(config.data).resolve().name
+    ours = is_cifar10(config.data) or config.data == "shapes"               # not a picture folder of this name
     return dict(
         architecture=f"SimpleUNet {run.model.network.config}", parameters=count_parameters(run.model), dataset=name,
         images_seen=run.step * run.batch_size, epochs=len(run.epoch_losses), batch_size=run.batch_size,
@@ -589,7 +590,7 @@ def describe(run):
         optimizer=" and ".join(type(optimizer).__name__ for optimizer in run.optimizers) + ", cosine decay",
         **run.model.diffusion.config, **run.origin, final_loss=round(run.epoch_losses[-1], 5),
         training_minutes=round(run.seconds / 60, 1), device=str(run.images.device), torch=str(torch.__version__),
-        date=time.strftime("%Y-%m-%d"), license="MIT" if name in ("CIFAR-10", "shapes") else "not stated")
+        date=time.strftime("%Y-%m-%d"), license="MIT" if ours else "not stated")
 
 
 class Report:
