@@ -452,15 +452,15 @@ class DiffusionModel(nn.Module):
         """
         device = self.betas.device
         y, mask, init_image, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
+        timesteps = self.timesteps(sampler, steps)
         if init_image is not None and strength == 0:
             return init_image.clone()
-        timesteps = self.timesteps(sampler, steps)
         draw_noise = noise_of_seeds(shape, seed, device)
-        x_t = draw_noise() if x_T is None else x_T                          # Algorithm 2, line 1
+        noise = draw_noise()  # also where x_T is given, which may be this very noise: the first z must not be
+        x_t = noise if x_T is None else x_T                                 # Algorithm 2, line 1
         if init_image is not None:
-            timesteps = [t for t in timesteps if t <= round(strength * self.n_steps, 6)]    # 0.29 * 100 is 28.999...
-            if not timesteps:
-                raise ValueError(f"strength {strength} is too low for so few steps: raise strength or steps")
+            highest = strength * self.n_steps + 1e-6                        # 0.29 * 100 is 28.999...
+            timesteps = [t for t in timesteps if t <= highest] or [int(highest)]
             x_t = self.q_sample(init_image, timesteps[0], noise=x_t)
 
         def denoise(x_t, t):
@@ -471,7 +471,7 @@ class DiffusionModel(nn.Module):
         chosen = SAMPLERS[sampler]
         before = None
         pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
-        with torch.inference_mode(), eval_mode(self.model), autocast(device):
+        with torch.inference_mode(), eval_mode(self), autocast(device):
             for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2
                 now = Step(x_t, denoise(x_t, t), t, s)
                 if callback is not None:
@@ -579,8 +579,8 @@ class SimpleDiffusion(nn.Module):
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution)
 
     @property
-    def network(self):  # an attribute would put the weights into the state dict twice
-        return self.diffusion.model
+    def network(self):  # an attribute would put the weights into the state dict twice; _orig_mod: of torch.compile
+        return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)
     model = network  # as DiffusionModel names it
 
     def forward(self, x, y=None, t=None, noise=None):
@@ -693,7 +693,7 @@ class TrainConfig:
     image_size: int = option(32, "height and width; images are resized and cropped to the centre", least=1)
     limit: int = option(None, "use the first LIMIT images only (of a folder in the order of their paths)", least=1)
     epochs: int = option(100, "passes over the data", least=1)
-    images: int = option(None, "in place of --epochs: train on so many, each counted whenever it is used", least=1)
+    images: int = option(None, "in place of --epochs: train on so many, counting repeats (in whole epochs)", least=1)
     batch_size: int = option(64, "images a step, over all processes", least=1)
     lr: float = option(3e-3, "peak learning rate, after the warm-up and before the decay to 0", least=1e-12)
     hidden_channels: int = option(64, "channels of the first level")
@@ -842,8 +842,7 @@ class TrainingRun:
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is not finite at step {step} of this run: the same command with a "
-                                         f"lower --lr goes on from the last good training_state.pth")
+                raise FloatingPointError(f"loss not finite at step {step}: the same command with a lower --lr goes on")
         return losses
 
     def end_epoch(self):
@@ -913,7 +912,7 @@ def train(config, make_optimizers=make_optimizers):
     resumed = run.resume()
     processes.check_equal(run.step, "training_state.pth: --out must be a folder that all machines share")
     if run.step >= run.total_steps:
-        processes.say(f"finished ({len(run.epoch_losses)} epochs): raise --epochs to continue, --restart begins again")
+        processes.say(f"finished ({len(run.epoch_losses)} epochs): raise --epochs or --images, or --restart")
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds                                # as if there had been no break
@@ -927,8 +926,9 @@ def train(config, make_optimizers=make_optimizers):
             if epoch_done:
                 report.epoch(run.end_epoch())
             stop = processes.largest(received[0] if received else 0)        # the signal that any process got, or 0
-            # A crash or a second Ctrl-C costs five minutes at most; an epoch of a few seconds is not worth a file.
-            if stop or run.step == run.total_steps or run.seconds - saved_at > (20 if epoch_done else 300):
+            # A crash or a second Ctrl-C costs five minutes at most; not every epoch of a few seconds is worth a file.
+            longest = min(20, run.seconds / 10) if epoch_done else 300      # seconds without saving
+            if stop or run.step == run.total_steps or run.seconds - saved_at > longest:
                 run.save()
                 saved_at = run.seconds
             if stop:
@@ -939,7 +939,7 @@ def train(config, make_optimizers=make_optimizers):
 
 def main(argv=None):
     if support is None:
-        print("error: training needs support.py of this project beside this file", file=sys.stderr)
+        print("error: training needs support.py beside this file, and torch 2.9 or newer", file=sys.stderr)
         sys.exit(2)
     with support.ends_in_one_line():
         train(support.parse_options(TrainConfig, argv, __doc__))

@@ -70,7 +70,7 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("-n", type=int, help="how many (default: 8 of each class); with --class of each, with --interpolate in a row")
-    add("--class", dest="classes", nargs="+", metavar="NAME", default=[], help="classes, a row each, or all")
+    add("--class", dest="classes", nargs="*", metavar="NAME", default=(), help="a row each, or all; alone: lists them")
     add("--guidance", type=float, help=f"weight of the class, if there is one (default {GUIDANCE}; 1: as trained)")
     add("--sampler", choices=SAMPLERS, default="dpm++", help="(default dpm++); ddpm is the slow original")
     add("--steps", type=int, help="network calls a picture (by default what is usual for the sampler)")
@@ -97,8 +97,8 @@ def layout(args, names):
     """Which pictures to draw: -> the label of each (None where there are no classes), how many stand in a row."""
     rows = names if "all" in args.classes else args.classes
     unknown = [name for name in rows if name not in names]
-    if unknown:
-        raise ValueError(f"--class {' '.join(unknown)}: the classes are {', '.join(names) or 'none'}, or all")
+    if unknown or args.classes == []:
+        raise ValueError(f"{' '.join(['--class', *unknown])}: the classes are {', '.join(names) or 'none'}, or all")
     if not rows and (args.interpolate or not (args.n or args.denoising)):
         rows = names
     if rows:

@@ -25,6 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+if not hasattr(torch.optim, "Muon"):
+    raise ImportError(f"torch {torch.__version__} is too old, 2.9 is needed: pip install --upgrade torch torchvision")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets
 
@@ -615,7 +618,8 @@ class Report:
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
         classes = f"{len(names)} classes: {', '.join(names[:10])}{more}" if names else "no classes"
-        again = f"going on after step {run.step} from {run.out / 'training_state.pth'} (--restart begins again)\n"
+        again = (f"going on after step {run.step} from {run.out / 'training_state.pth'} with learning rate "
+                 f"{config.lr:g} (--restart begins again)\n")
         run.processes.say(
             f"{again if resumed else ''}device    {run.images.device}, {precision}\n"
             f"network   {count_parameters(network) / 1e6:.1f} M parameters, {classes}\n"

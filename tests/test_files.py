@@ -390,6 +390,10 @@ def test_readable_without_our_loading(checkpoint, tiny_model):
         torch.save({**c, "model_state_dict": prefixed}, "prefixed.pth")
         drawn = SimpleDiffusion.load("prefixed.pth", "cpu").sample(1, steps=2, seed=0, progress=False)
         assert torch.equal(drawn, want)
+    model = SimpleDiffusion.load("good.pth", "cpu")
+    model.diffusion.model = torch.compile(model.network)
+    model.save("compiled.pth")
+    assert torch.load("compiled.pth")["model_state_dict"].keys() == c["model_state_dict"].keys()
 
 
 RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)

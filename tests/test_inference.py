@@ -217,7 +217,7 @@ def test_what_has_no_meaning_changes_nothing(here, flags, plain):
 
 @pytest.mark.parametrize("args, word", [
     ("-n 0", "-n"), ("-n -3", "-n"), ("-n two", "-n"), ("--nmu 3", "--nmu"), ("--class b dog", "--class dog"),
-    ("--class dog", "a, b, c"), ("--checkpoint without_classes.pth --class a", "--class"),
+    ("--class dog", "a, b, c"), ("--class", "a, b, c"), ("--checkpoint without_classes.pth --class a", "--class"),
     ("--checkpoint init.png", "init.png"),
     ("--checkpoint none.pth", "none.pth"), ("--checkpoint none.pth", "python diffusion_model.py"),
     ("--guidance -1", "--guidance"), ("--guidance nan", "--guidance"),

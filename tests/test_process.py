@@ -384,7 +384,7 @@ def test_impossible_process(options):
     dict(steps=0), dict(steps=11), dict(sampler="dpm++", steps=11), dict(sampler="dpm"), dict(y=torch.tensor([0])),
     dict(y=torch.tensor([0, 4])), dict(y=torch.tensor([0, -1])), dict(mask=torch.ones(2, 3, 4, 4)),
     dict(init_image=IMAGES[:2], strength=1.1), dict(init_image=IMAGES[:2], strength=-0.1), dict(init_image=IMAGES),
-    dict(init_image=IMAGES[:2], steps=1, strength=0.5),
+    dict(init_image=IMAGES[:2], strength=0, sampler="dpm"),
     dict(init_image=IMAGES[:1], mask=torch.ones(8, 1, 4, 4), shape=(1, 3, 4, 4)),
     dict(init_image=IMAGES[:2], mask=torch.full((4, 4), 255)), dict(init_image=127.5 * IMAGES[:2])])
 def test_impossible_options(options):
@@ -471,6 +471,16 @@ def test_result(sampler, prediction, schedule):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_x_T_takes_the_place_of_the_seeds_noise(sampler):
+    """Of that alone: what ddpm and a mask draw later is as without it. And the network may be a plain function."""
+    process = DiffusionModel(lambda x_t, t: 0.1 * x_t, 50)
+    options = dict(sampler=sampler, seed=7, init_image=IMAGES[:2], mask=torch.eye(4), progress=False)
+    drawn = process.sample((2, 3, 4, 4), **options)
+    assert torch.equal(drawn, process.sample((2, 3, 4, 4), x_T=noise_of(7, (2, 3, 4, 4))[0], **options))
+    assert not torch.equal(drawn, process.sample((2, 3, 4, 4), x_T=torch.zeros(2, 3, 4, 4), **options))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_callback(sampler):
     """Once a step, with i, t, the x_t that the network is given at t, and what it takes that for."""
     process, steps = oracle(lambda x, alpha, sigma: 0.5 * x.tanh(), "v"), []
@@ -495,6 +505,13 @@ def test_init_image(sampler, steps, strength):
     if strength:
         x_t, t = process.model.calls[0]
         close(x_t, process.q_sample(image, t, noise_of(4, image.shape)[0]), 1e-6)
+
+
+def test_init_image_in_one_step():
+    """The one timestep of the list may be above the strength: the step then begins there."""
+    process, image = oracle(lambda x, alpha, sigma: torch.zeros_like(x)), IMAGES[:1]
+    process.sample(image.shape, steps=1, init_image=image, strength=0.29, progress=False)
+    assert visited(process) == [290]
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

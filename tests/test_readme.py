@@ -141,6 +141,9 @@ def test_import_needs_torch_alone_and_does_nothing(tmp_path):
             f"import diffusion_model\nassert torch.equal(state, torch.get_rng_state())")
     used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert used.returncode == 0 and used.stdout == "" and not list(tmp_path.iterdir()), used.stderr
+    code = code.replace("import diff", "del torch.optim.Muon\nimport diff") + "\ndiffusion_model.main()"
+    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert used.returncode == 2 and "torch 2.9" in used.stderr and "Traceback" not in used.stderr
 
 
 def test_parts_0_to_3_in_a_project_of_ones_own(tmp_path):
@@ -153,4 +156,4 @@ def test_parts_0_to_3_in_a_project_of_ones_own(tmp_path):
         (tmp_path / "use.py").write_text(OF_ONES_OWN.replace("from mine", f"from {module}") + then)
         used = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
         assert used.stdout == "drawn\n" and used.returncode == code, used.stderr
-    assert "needs support.py" in used.stderr and "Traceback" not in used.stderr
+    assert "support.py beside" in used.stderr and "Traceback" not in used.stderr
