@@ -731,9 +731,11 @@ def learning_rate(step, total_steps, peak):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Update the average after step number `step`: the last 3 % of the steps so far make up half of it."""
+    """Update the average after step number `step`, from 1: the last 3 % of the steps so far make up half of it."""
     decay = 0.5 ** (1 / (0.03 * step))                                      # decay ** (0.03 * step) is 1/2
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)       # all in one call
+    for ours, theirs in zip(ema.buffers(), model.buffers()):                # such as BatchNorm's
+        ours.copy_(theirs)
 
 
 def training_batch(images, labels, index, num_classes, flip=True):
@@ -805,7 +807,7 @@ class TrainingRun:
             torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is, with a warning
             self.loss_function = torch.compile(self.loss_function)
         self.step = 0                                                       # steps done
-        self.seconds = 0.0                                                  # time spent on them
+        self.seconds = self.saved_at = 0.0                                  # time spent on them; at the last save
         self.order = None                                                   # of the images in this epoch
         self.losses = []                                                    # of each step of this epoch
         self.epoch_losses = []                                              # the mean of each finished epoch
@@ -820,8 +822,7 @@ class TrainingRun:
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        # One seed for each step and rank: all random numbers from here on follow from it.
-        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)
+        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)  # of step and rank
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
         with autocast(x.device):
@@ -863,6 +864,7 @@ class TrainingRun:
         if self.processes.rank == 0:
             with replacing(self.out / "training_state.pth") as temporary:
                 torch.save(state, temporary)
+        self.saved_at = self.seconds
 
     def resume(self):
         """Go on from what `save` wrote: -> whether there was a state. ValueError if it is of another run."""
@@ -886,7 +888,7 @@ class TrainingRun:
         self.model.network.load_state_dict(state["model"])
         self.ema.network.load_state_dict(state["ema"])
         self.step = state["step"]
-        self.seconds = float(state["seconds"])
+        self.seconds = self.saved_at = float(state["seconds"])
         self.origin = dict(state["origin"])
         self.losses = list(torch.tensor(state["losses"], device=self.images.device).flatten())
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
@@ -916,7 +918,6 @@ def train(config, make_optimizers=make_optimizers):
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds                                # as if there had been no break
-    saved_at = run.seconds
     with report.bar, support.stop_signals() as received:  # it holds the first Ctrl-C; a second ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
@@ -928,9 +929,8 @@ def train(config, make_optimizers=make_optimizers):
             stop = processes.largest(received[0] if received else 0)        # the signal that any process got, or 0
             # A crash or a second Ctrl-C costs five minutes at most; not every epoch of a few seconds is worth a file.
             longest = min(20, run.seconds / 10) if epoch_done else 300      # seconds without saving
-            if stop or run.step == run.total_steps or run.seconds - saved_at > longest:
+            if stop or run.step == run.total_steps or run.seconds - run.saved_at > longest:
                 run.save()
-                saved_at = run.seconds
             if stop:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
                 sys.exit(128 + stop)                                        # 130 or 143, the shells' convention

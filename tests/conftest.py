@@ -1,6 +1,5 @@
 """What the tests share. They need no network, no GPU and no data set."""
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +55,7 @@ def assert_error(process, *words):
 
 def peak_memory():
     """The most memory that this process has held, in bytes."""
+    import resource  # Windows has none; test_device.py, which is for it too, needs none
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from conftest import perturb
+from conftest import new_run, perturb
 
 import diffusion_model as dm
 import support
@@ -34,6 +34,18 @@ def test_a_drawing(pair):
     assert (ours.float() - theirs.float()).abs().mean() < 1, f"{DEVICE} draws other pictures than the CPU"
 
 
+def test_attention_without_gradients():
+    """What drawing uses, a kernel of its own on some devices. Here its weights are so large that an error shows."""
+    torch.manual_seed(0)
+    attention = dm.Attention(128, num_heads=4)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 128, 8, 16)
+    with torch.no_grad():
+        ours, theirs = attention(x) - x, copy.deepcopy(attention).to(DEVICE)(x.to(DEVICE)).cpu() - x
+    assert (ours - theirs).norm() < 0.003 * ours.norm(), f"{DEVICE} has another attention than the CPU"
+
+
 def test_a_training_step(pair):
     """The same loss and gradients from the same images, timesteps and noise: names each parameter that differs."""
     generator = torch.Generator().manual_seed(0)
@@ -54,10 +66,24 @@ def test_a_training_step(pair):
 
 def test_optimisers(pair):
     """One step of Muon and AdamW changes the weights as on the CPU. (Muon's own steps are in bfloat16.)"""
+    before = copy.deepcopy(pair[0])
     for model in pair:
         for parameter in model.parameters():
             parameter.grad = torch.sin(1000 * parameter.detach())
         for optimizer in dm.make_optimizers(model.model, 1e-3):
             optimizer.step()
-    for (name, ours), theirs in zip(pair[0].named_parameters(), pair[1].parameters()):
-        assert (ours - theirs.cpu()).abs().max() < 1e-3, name
+    parameters = zip(before.named_parameters(), *(model.parameters() for model in pair))
+    differing = [name for (name, old), ours, theirs in parameters
+                 if (ours - theirs.cpu()).norm() > 0.1 * (ours - old).norm()]
+    assert not differing, f"{DEVICE} takes other steps than the CPU: {differing}"
+
+
+def test_a_run():
+    """The rest of a step: drawn timesteps, flips, bfloat16 where there is any, clipping, the average."""
+    run = new_run(data="shapes", limit=64, batch_size=32, epochs=2, hidden_channels=32)
+    average = copy.deepcopy(run.ema)
+    for _ in range(4):
+        run.train_step()
+    assert run.images.device.type == DEVICE.type and all(0.1 < loss < 1.5 for loss in run.losses)
+    assert all(new.isfinite().all() and not new.equal(old)
+               for new, old in zip(run.ema.network.parameters(), average.network.parameters()))

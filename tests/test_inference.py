@@ -245,13 +245,17 @@ def test_many_files_go_on_where_they_stopped(here, monkeypatch, capsys):
     """What is there is not drawn again but for the last, to see that it is the same. No grid, a batch at a time."""
     monkeypatch.setattr(inference_example, "GRID", 8)
     monkeypatch.setattr(inference_example, "BATCH", 4)
-    sizes, real = [], diffusion_model.SimpleDiffusion.sample
-    monkeypatch.setattr(diffusion_model.SimpleDiffusion, "sample",
-                        lambda self, count, **options: sizes.append(count) or real(self, count, **options))
+    sizes, there, real = [], [], diffusion_model.SimpleDiffusion.sample
+
+    def sample(self, count, **options):
+        sizes.append(count)
+        there.append(len(list((here / "each").glob("*.png"))))
+        return real(self, count, **options)
+    monkeypatch.setattr(diffusion_model.SimpleDiffusion, "sample", sample)
     ten = ["-n", "10", "--save-each", "each", "--steps", "2", "--device", "cpu", "--out", "grid.png"]
     inference_example.main(ten)
     whole = {path.name: path.read_bytes() for path in (here / "each").iterdir()}
-    assert len(whole) == 10 and sizes == [4, 4, 2] and not (here / "grid.png").exists()
+    assert len(whole) == 10 and sizes == [4, 4, 2] and there == [0, 4, 8] and not (here / "grid.png").exists()
     for name in sorted(whole)[7:]:
         (here / "each" / name).unlink()
     capsys.readouterr()

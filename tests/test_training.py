@@ -379,7 +379,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, whole, m
     assert state()["step"] == 8
     assert train("--lr", 1e-3) == 0 and state()["step"] == 16       # what the error line says
     said = capsys.readouterr().out
-    assert "learning rate 0.001" in said and said.startswith("going on after step 8")
+    assert said.startswith("going on after step 8 ") and "learning rate 0.001" in said.splitlines()[0]
     assert train("--restart", "--lr", 1e30) == 2
     line = error_line(capsys)
     assert "step" in line and "--lr" in line and all(tensor.isfinite().all() for tensor in state()["model"].values())
@@ -408,6 +408,15 @@ def test_update_ema_against_a_plain_loop():
     torch.nn.init.zeros_(model.weight)
     half_life = next(i for i in range(1000) if (update_ema(ema, model, 1000 + i), ema.weight.max() < 0.5)[1])
     assert 10 < half_life < 100
+
+
+def test_update_ema_copies_buffers():
+    """The running statistics of a network of one's own, an integer among them."""
+    model, ema = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    model(torch.randn(4, 3, 8, 8) + 5)
+    update_ema(ema, model, 1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(ema.buffers(), model.buffers()))
+    assert ema.running_mean.min() > 0.4 and ema.num_batches_tracked == 1
 
 
 def test_the_average_is_a_network_of_its_own(here):
