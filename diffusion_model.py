@@ -16,7 +16,8 @@ pictures, the command line) is in support.py. Images are in [-1, 1]; only Simple
 Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
 (arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
 DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Karras et al. 2022
-(2206.00364: which noise levels to train on), Lu et al. 2022 (2211.01095: DPM-Solver++).
+(2206.00364: which noise levels to train on), Lu et al. 2022 (2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024
+(2404.07724: guidance interval).
 """
 import contextlib
 import math
@@ -60,7 +61,7 @@ def pick_device(name=None):
 
 
 def has_bfloat16(device):
-    """Whether the device multiplies bfloat16 in hardware; where it does not, bfloat16 is slower than float32."""
+    """Whether bfloat16 is known to be fast: on CUDA GPUs and x86 CPUs that have it; elsewhere it can be slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}    # torch 2.9 lacks it
@@ -121,7 +122,7 @@ def divisors(n, limit):
 
 
 def group_norm(channels):
-    """GroupNorm of at most 32 groups of 16 or more channels (or one of fewer): smaller ones are slow in bfloat16."""
+    """GroupNorm of up to 32 groups of at least 16 channels, or one group: smaller groups are slow in bfloat16."""
     return nn.GroupNorm(max(divisors(channels, min(32, max(1, channels // 16)))), channels)
 
 
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
         # Each of the three is (B, heads, HW, C / heads).
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: on the CPU fused backward is slower
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: the fused one's backward is slower
             h = ((q.shape[-1] ** -0.5 * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:  # contiguous: on MPS permuted ones gave wrong results without an error
             h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
@@ -167,7 +168,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale_shift = nn.Linear(time_dim, 2 * channels)                # of each channel
+        self.scale_shift = nn.Linear(time_dim, 2 * channels)                # of all channels
         self.norm2 = group_norm(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
@@ -268,15 +269,15 @@ class SimpleUNet(nn.Module):
 # 2. The diffusion process and its samplers: DiffusionModel
 #
 # Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and teach the
-# network to tell the two apart. Both factors depend on the timestep t, drawn anew for each: alpha falls from nearly 1
-# to nearly 0, sigma rises from nearly 0 to nearly 1, and alpha^2 + sigma^2 = 1, so x_T, the last, is nearly noise.
+# network to tell the two apart. The timestep t, drawn anew for each image, sets both factors: as it grows, alpha falls
+# from nearly 1 to nearly 0 and sigma = sqrt(1 - alpha^2) rises. So x_T, at the last timestep, is nearly pure noise.
 # Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate with a
 # little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the estimate is the
-# mean of all images that x_t may have come from: a blur while there is much noise, the sharper the less there is.
+# mean of all images that x_t may have come from: the more noise there is, the more blurred is that mean.
 #
 # The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0: with x_t, either gives
-# x_0. With the noise one has to divide by alpha, 0.006 at the last t (linear schedule), which multiplies every error.
-# v is nearly the noise at small t and nearly -x_0 at large t: at either end the part that x_t hides.
+# x_0. From the noise that takes a division by alpha, 0.006 at the last t (linear schedule), which multiplies errors;
+# from v it takes none. v is nearly the noise at small t and nearly -x_0 at large t: whichever of the two x_t hides.
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
@@ -301,7 +302,7 @@ class DiffusionModel(nn.Module):
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
     t_distribution: which timesteps training draws: "uniform" (Algorithm 1), or "lognormal": those around the noise
     levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
-    Timesteps count from 0: t = 0 is the papers' t = 1. A clean image has t = -1: x_start if given, x_0 if estimated.
+    Timesteps count from 0: t = 0 is the papers' t = 1; t = -1 is the clean image: x_start if given, x_0 if estimated.
     alpha^2 is alphas_cumprod, the product of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., alpha^2 in DDIM.)
     """
 
@@ -318,17 +319,18 @@ class DiffusionModel(nn.Module):
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
                            prediction=prediction, t_distribution=t_distribution)
         self.n_steps = n_steps
-        # In float64, for a thousand factors near 1 are multiplied, and on the CPU, for MPS lacks it; kept as float32.
+        # Computed in float64, as a thousand factors near 1 are multiplied, and on the CPU, as MPS has no float64.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         if alphas_cumprod[-1] > 0.01:
             warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end")
-        tables = dict(  # alpha_sigma reads the two square roots; the others are for your own code
-            betas=betas, alphas_cumprod=alphas_cumprod,
+        tables = dict(
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
+            lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,      # log(alpha / sigma): lambda in Lu et al.
+            betas=betas, alphas_cumprod=alphas_cumprod,                     # these and the next: for your own code
             posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),   # eq. 7; 0 at t = 0
         )
         for name, table in tables.items():
@@ -340,11 +342,6 @@ class DiffusionModel(nn.Module):
         sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (0, 1), value=0.0)
         return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 
-    @property
-    def lambdas(self):
-        """log(alpha / sigma) at each timestep, as Lu et al. name it: (n_steps,), falling."""
-        return (self.sqrt_alphas_cumprod / self.sqrt_one_minus_alphas_cumprod).log()
-
     # ---- Training: Algorithm 1
 
     def draw_timesteps(self, count):
@@ -354,8 +351,9 @@ class DiffusionModel(nn.Module):
         quantiles = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
         if self.config["t_distribution"] == "uniform":
             return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)    # rounding can reach n_steps
-        # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1, mean -0.8 (there -1.2). Half of
-        # all uniform t of the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
+        # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8 (there -1.2) was the
+        # best of those tried (tests/MEASURED.md). Half of all uniform t of the linear schedule lie above sigma / alpha
+        # = 3.4, where little of the image can be seen.
         wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)    # the quantiles of that normal
         midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2             # ln(sigma / alpha) between two timesteps
         return torch.searchsorted(midpoints, wanted)                        # the timestep that is nearest to each
@@ -397,13 +395,13 @@ class DiffusionModel(nn.Module):
             x_0 = (x_t - sigma * prediction) / alpha                        # eq. 4, solved for x_0
         else:
             x_0 = alpha * x_t - sigma * prediction      # = (alpha^2 + sigma^2) * x_0; Salimans and Ho 2022, section 4
-        return x_0.clamp(-1, 1)  # no image lies outside; later steps would make the error larger
+        return x_0.clamp(-1, 1)  # not in Algorithm 2, but in Ho et al.'s code: later steps would magnify the error
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
         """Mix x_0 with the noise in x_t, in the shares of s: -> x_s, like x_t (Song et al. 2021, eq. 7; eta: eq. 16).
 
-        x_0: the image aimed at. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the noise is
-        replaced by new_noise: 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (s = t - 1: line 4 of Algorithm 2).
+        x_0: the clean image to head for. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the
+        noise is replaced by new_noise: 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (s = t - 1: Algorithm 2).
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
@@ -411,7 +409,7 @@ class DiffusionModel(nn.Module):
         noise = (x_t - alpha_t * x_0) / sigma_t                             # eq. 4, solved for the noise
         # The beta of the whole way from s to t, 1 - (alpha_t / alpha_s)^2, written so that it is accurate when small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()          # eta 1, s = t - 1: the root of posterior_variance
+        spread = eta * sigma_s / sigma_t * beta.sqrt()          # the papers' sigma_t; eta 1: sqrt(posterior_variance)
         return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
@@ -421,7 +419,7 @@ class DiffusionModel(nn.Module):
         return self.step(x_t, self.predict_x_start(x_t, t, y), t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
-        """The strictly decreasing list of timesteps that a sampler visits. After the last comes the clean image."""
+        """The strictly decreasing list of timesteps that a sampler visits. The last step leads to the clean image."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         chosen = SAMPLERS[sampler]
@@ -432,7 +430,7 @@ class DiffusionModel(nn.Module):
             return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
         lambdas = self.lambdas.cpu().double()
-        # The noisiest timesteps of cosine show nothing of the image: as in that code, start it no lower than -5.1.
+        # The noisiest timesteps of cosine show nothing of the image: begin at -5.1 (as that code does for all).
         start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, dtype=torch.float64, device="cpu")
         return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)   # none twice
@@ -441,9 +439,9 @@ class DiffusionModel(nn.Module):
                strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
 
-        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ may merge some); None: its default.
+        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ merges equals); None: its default.
         y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
-        guidance_interval: guide only where sigma / alpha is in this range (Kynkaanniemi et al. 2024, 2404.07724).
+        guidance_interval: guide only where sigma / alpha is in this range (Kynkaanniemi et al. 2024).
         seed: image i of the batch is drawn with seed + i, alone too; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
@@ -451,12 +449,12 @@ class DiffusionModel(nn.Module):
         callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
         """
         device = self.betas.device
-        y, mask, init_image, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
+        y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
         timesteps = self.timesteps(sampler, steps)
         if init_image is not None and strength == 0:
             return init_image.clone()
         draw_noise = noise_of_seeds(shape, seed, device)
-        noise = draw_noise()  # also where x_T is given, which may be this very noise: the first z must not be
+        noise = draw_noise()  # even where x_T is given: that may be this very noise, and the first z must not be
         x_t = noise if x_T is None else x_T                                 # Algorithm 2, line 1
         if init_image is not None:
             highest = strength * self.n_steps + 1e-6                        # 0.29 * 100 is 28.999...
@@ -476,7 +474,7 @@ class DiffusionModel(nn.Module):
                 now = Step(x_t, denoise(x_t, t), t, s)
                 if callback is not None:
                     callback(i, t, x_t, now.x_0)
-                aim = chosen.aim(self, now, before, denoise)
+                aim = now.x_0 if s == -1 else chosen.aim(self, now, before, denoise)
                 z = draw_noise() if chosen.eta > 0 and s >= 0 else 0.0      # line 3
                 x_t = self.step(x_t, aim, t, s, chosen.eta, z)              # line 4
                 if mask is not None:                                        # kept pixels: as noisy as the others
@@ -491,7 +489,7 @@ class DiffusionModel(nn.Module):
                 return None
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
             fits = value.ndim <= len(wanted) and all(m in (1, n) for m, n in zip(value.shape[::-1], wanted[::-1]))
-            if not fits or (name != "mask" and value.shape != torch.Size(wanted)):
+            if not fits or (name != "mask" and value.shape != torch.Size(wanted)):     # only a mask is broadcast
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
             if not low <= value.min() <= value.max() <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}")
@@ -504,8 +502,9 @@ class DiffusionModel(nn.Module):
             raise ValueError("a mask needs an init_image, whose pixels it keeps")
         if not 0 <= strength <= 1 or shape[0] < 1:
             raise ValueError(f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}")
-        return (check("y", y, shape[:1], 0, num_classes or math.inf, torch.int64), check("mask", mask, shape, 0, 1),
-                check("init_image", init_image, shape, -1.001, 1.001), check("x_T", x_T, shape, -math.inf, math.inf))
+        return (check("y", y, shape[:1], 0, num_classes or math.inf, torch.int64),
+                check("init_image", init_image, shape, -1.001, 1.001), check("mask", mask, shape, 0, 1),
+                check("x_T", x_T, shape, -math.inf, math.inf))
 
 
 class Step(NamedTuple):
@@ -521,15 +520,16 @@ class Sampler(NamedTuple):
     steps: int          # how many by default; None: n_steps
     even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
     eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
-    # aim(process, now, before, denoise) -> the image that `step` mixes with noise. before: the last Step, or None.
-    # To step along a noise instead, as Heun along the mean of two, return (x_t - sigma_t * noise) / alpha_t.
-    # denoise(x_t, t) -> x_0: one more call; Heun's, at x_s = process.step(now.x_t, now.x_0, now.t, now.s), if s >= 0.
+    # aim(process, now, before, denoise) -> the clean image to head for; the last step (s = -1) heads for now.x_0.
+    # before: the last Step, or None. denoise(x_t, t) -> x_0: one more call of the network. Heun's method makes one at
+    # the end of the step, end = denoise(process.step(*now), now.s), and follows the mean of the noise here and there:
+    # now.x_0 + (end - now.x_0) * exp(lambda_s - lambda_t) / 2 (Karras et al. 2022, Algorithm 1).
     aim: Callable = lambda process, now, before, denoise: now.x_0
 
 
 def aim_ahead(process, now, before, denoise):
     """The estimate to expect halfway through the step, extrapolated in lambda from the last two (D in Lu et al.)."""
-    if before is None or now.s == -1:  # nothing to extrapolate from; or a last step, infinitely long in lambda
+    if before is None:  # nothing to extrapolate from
         return now.x_0
     length = process.lambdas[now.s] - process.lambdas[now.t]
     length_before = process.lambdas[now.t] - process.lambdas[before.t]
@@ -558,7 +558,7 @@ class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
 
     With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and draws t lognormally.
-    unet_options: further ones, of SimpleUNet. By default the last level has attention if it works at 16x16 or less.
+    unet_options: more of SimpleUNet's. By default the last level has attention if it works at 16x16 or less.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
@@ -607,10 +607,10 @@ class SimpleDiffusion(nn.Module):
         """Read what `save` wrote, onto `device` (None: the best), in eval mode. Raises ValueError or OSError."""
         with reading(path) as saved:
             config = saved["model_config"]
-            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor        # of torch.compile and DDP
+            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor        # torch.compile's, DDP's
                        for name, tensor in saved["model_state_dict"].items()}
             if "stem.weight" in weights:
-                raise ValueError("it is of this project's first release, whose network had other parts")
+                raise ValueError("it is from this project's first release, whose network had other parts")
             if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):  # building takes long
                 raise ValueError("it claims more blocks than it holds weights")
             with torch.device("meta"):  # the file can claim any size: memory is only taken for the weights it holds
@@ -641,7 +641,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def reading(path, remedy="give another file"):
-    """Yield what torch.save wrote to `path`. What is wrong with it, or in the block, is a ValueError that names it."""
+    """Yield what torch.save wrote to `path`. Any error in reading it or in the block is a ValueError that names it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -680,7 +680,7 @@ def check_contents(value, depth=0):
 
 
 def option(default, meaning, least=-math.inf, below=math.inf):
-    """A field of TrainConfig. least and below: bounds of its numbers, where the classes above have none."""
+    """A field of TrainConfig. least and below: bounds of its numbers, where the classes above check none."""
     return field(default=default, metadata=dict(meaning=meaning, least=least, below=below))
 
 
@@ -689,11 +689,11 @@ class TrainConfig:
     """Every option of a run. The flags are the same names with dashes: image_size is --image-size."""
     data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
     out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
-    init: str = option(None, "begin with this checkpoint's network and weights; keep the file, for resuming reads it")
+    init: str = option(None, "begin with this checkpoint's network and weights; resuming reads it again, so keep it")
     image_size: int = option(32, "height and width; images are resized and cropped to the centre", least=1)
     limit: int = option(None, "use the first LIMIT images only (of a folder in the order of their paths)", least=1)
     epochs: int = option(100, "passes over the data", least=1)
-    images: int = option(None, "in place of --epochs: train on so many, counting repeats (in whole epochs)", least=1)
+    images: int = option(None, "in place of --epochs: train on this many, repeats included (in whole epochs)", least=1)
     batch_size: int = option(64, "images a step, over all processes", least=1)
     lr: float = option(3e-3, "peak learning rate, after the warm-up and before the decay to 0", least=1e-12)
     hidden_channels: int = option(64, "channels of the first level")
@@ -708,7 +708,7 @@ class TrainConfig:
     t_distribution: str = option("lognormal", "timesteps to train on: lognormal (where most is learned) or uniform")
     unconditional: bool = option(False, "ignore the classes of the data")
     no_flip: bool = option(False, "never mirror the images: for letters, digits and whatever has a left and a right")
-    sample_every: int = option(5, "epochs between grids and exports; with --images about 20 are made in all", least=1)
+    sample_every: int = option(5, "epochs between grids and exports; with --images at most 20 are made", least=1)
     seed: int = option(0, "of the weights, the order of the data and all noise", least=0, below=2**31)
     device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
     compile: bool = option(False, "compile the network with torch.compile")
@@ -734,7 +734,7 @@ def update_ema(ema, model, step):
     """Update the average after step number `step`, from 1: the last 3 % of the steps so far make up half of it."""
     decay = 0.5 ** (1 / (0.03 * step))                                      # decay ** (0.03 * step) is 1/2
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)       # all in one call
-    for ours, theirs in zip(ema.buffers(), model.buffers()):                # such as BatchNorm's
+    for ours, theirs in zip(ema.buffers(), model.buffers()):                # a network of your own may have some
         ours.copy_(theirs)
 
 
@@ -775,8 +775,8 @@ def begin_model(config, in_channels, class_names):
 class TrainingRun:
     """A run: the network, its average, the optimisers, and how far they have come. processes: support.Processes.
 
-    A step's random numbers follow from seed, step and rank (which of the processes it is) alone. So a run that was
-    stopped anywhere goes on as if it had not been, and no random state has to be saved.
+    A step's random numbers follow from seed, step and rank (which of how many processes it is) alone. So a run that
+    was stopped anywhere goes on as if it had not been, and no random state has to be saved.
     """
 
     def __init__(self, config, images, labels, class_names, processes, make_optimizers=make_optimizers):
@@ -843,11 +843,11 @@ class TrainingRun:
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss not finite at step {step}: the same command with a lower --lr goes on")
+                raise FloatingPointError(f"loss not finite at step {step}: give the same command with a lower --lr")
         return losses
 
     def end_epoch(self):
-        """Note the mean loss of the epoch that has ended: -> the losses of its steps."""
+        """Record the mean loss of the epoch that has ended: -> the losses of its steps."""
         losses = self.fetch_losses()
         self.epoch_losses.append(sum(losses) / len(losses))
         self.losses = []
@@ -894,7 +894,7 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        if state["memory_format"] == str(memory_format(self.images.device)):  # MPS orders Muon's columns otherwise
+        if state["memory_format"] == str(memory_format(self.images.device)):  # else Muon's columns differ: begin anew
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
 
@@ -918,18 +918,18 @@ def train(config, make_optimizers=make_optimizers):
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds                                # as if there had been no break
-    with report.bar, support.stop_signals() as received:  # it holds the first Ctrl-C; a second ends at once, unsaved
+    with report.bar, support.stop_signals() as received:  # the first Ctrl-C; a second one ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
             report.step()
             epoch_done = run.step % run.steps_per_epoch == 0
             if epoch_done:
-                report.epoch(run.end_epoch())
+                report.epoch(run.end_epoch())  # a line; every few epochs diffusion_model.pth and samples
             stop = processes.largest(received[0] if received else 0)        # the signal that any process got, or 0
             # A crash or a second Ctrl-C costs five minutes at most; not every epoch of a few seconds is worth a file.
-            longest = min(20, run.seconds / 10) if epoch_done else 300      # seconds without saving
-            if stop or run.step == run.total_steps or run.seconds - run.saved_at > longest:
+            may_be_lost = min(20, run.seconds / 10) if epoch_done else 300  # seconds of work
+            if stop or run.step == run.total_steps or run.seconds - run.saved_at > may_be_lost:
                 run.save()
             if stop:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")

@@ -30,14 +30,14 @@ from support import (Parser, SingleFiles, ends_in_one_line, from_uint8, picture_
 
 GUIDANCE = 2.0   # above 1: more typical of the class; the best of those tried (tests/MEASURED.md)
 BATCH = 16       # pictures at a time, so that any number of them fits in memory; more are no faster on a CPU
-GRID = 400       # more pictures than these make no grid; --save-each then goes on where it stopped
+GRID = 400       # more pictures than this are not put into a grid; --save-each then goes on where it stopped
 
 
 def batches(model, labels, first=0, seed=None, **options):
     """Draw a picture for each of labels[first:] (None: no class), BATCH at a time: yields (B, C, S, S) in [0, 1].
 
-    Picture i is drawn with seed + i. options: those of SimpleDiffusion.sample; of a tensor among them that has an
-    entry for each picture, a batch gets its own.
+    Picture i is drawn with seed + i. options: those of SimpleDiffusion.sample; a tensor among them that has an entry
+    for each picture is split as the pictures are.
     """
     for begin in progress_bar(range(first, len(labels), BATCH), options.get("progress") and len(labels) > BATCH):
         part = slice(begin, begin + BATCH)
@@ -73,7 +73,7 @@ def parse(argv):
     add("--class", dest="classes", nargs="*", metavar="NAME", default=(), help="a row each, or all; alone: lists them")
     add("--guidance", type=float, help=f"weight of the class, if there is one (default {GUIDANCE}; 1: as trained)")
     add("--sampler", choices=SAMPLERS, default="dpm++", help="(default dpm++); ddpm is the slow original")
-    add("--steps", type=int, help="network calls a picture (by default what is usual for the sampler)")
+    add("--steps", type=int, help="steps a picture (by default what is usual for the sampler)")
     add("--seed", type=int, default=0, help="of the first picture (default 0); picture i is drawn from seed + i")
     add("--checkpoint", type=Path, default=Path("diffusion_model.pth"), metavar="FILE", help="(default %(default)s)")
     add("--out", type=picture_path, default="samples/generated.png", metavar="FILE", help="(default %(default)s)")
@@ -116,7 +116,8 @@ def draw(args):
     model = SimpleDiffusion.load(args.checkpoint, args.device)
     names = [str(name) for name in model.class_names or range(model.network.num_classes or 0)]
     labels, columns = layout(args, names)
-    count, size, moments, images = len(labels), model.image_size, [], []
+    count, size = len(labels), model.image_size
+    images, moments = [], []
     options = dict(sampler=args.sampler, steps=args.steps, progress=sys.stderr.isatty(),
                    guidance=1.0 if not names else GUIDANCE if args.guidance is None else args.guidance)
     if args.init_image:

@@ -172,8 +172,9 @@ def load_images(data, image_size=32, limit=None, out=None):
     if not is_cifar10(data):
         if not Path(data).is_dir():
             raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
-        if out is not None and Path(data).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
-            raise ValueError(f"--out {out} lies in --data {data}: what a run writes would become training pictures")
+        pictures = (Path(out or "") / "samples").resolve()
+        if out is not None and Path(data).resolve() in (pictures, *pictures.parents):
+            raise ValueError(f"--out {out} writes pictures into --data {data}: they would become training pictures")
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data).resolve()
@@ -419,16 +420,19 @@ def tune_torch():
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so that the batch in hand can be finished; a second one ends at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so that the step in hand can be finished; a second Ctrl-C ends at once."""
     received, handlers = [], {}
     if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Ctrl-C is ignored in the background of a script; None was set by another language and cannot be put back.
+        handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, handlers[number])
+        if number == signal.SIGINT:  # not of SIGTERM, which a scheduler and torchrun may each send
+            signal.signal(number, handlers[number])
         if sys.stderr.isatty():  # no print(): this may have interrupted the bar in the midst of one
-            os.write(2, b"\nstopping after this step; a second time ends at once, without saving\n")
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once, without saving\n")
 
     try:
         for number in handlers:
@@ -456,7 +460,8 @@ class Processes:
         if on_gpu:
             torch.cuda.set_device(self.device)
         if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            nccl = on_gpu and torch.distributed.is_nccl_available()         # Windows has none
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
                                                  timeout=datetime.timedelta(days=1))  # as long as a download may take
             atexit.register(torch.distributed.destroy_process_group)
 
@@ -511,6 +516,8 @@ class Muon(torch.optim.Muon):
         for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
             matrix.grad = self.matrix(kernel, kernel.grad)
         super().step()
+        for matrix in self.param_groups[0]["params"]:
+            matrix.grad = None  # it would keep the memory of this gradient while the next one is computed
 
 
 def restore_optimizer(optimizer, saved):

@@ -1,5 +1,8 @@
 """What the tests share. They need no network, no GPU and no data set."""
+import contextlib
+import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +56,18 @@ def assert_error(process, *words):
         assert word in lines[0], lines[0]
 
 
+def error_of(main, capsys, *args):
+    """The one error line with which main(args) ended, as it must; None where it worked."""
+    capsys.readouterr()
+    try:
+        main(list(map(str, args)))
+    except SystemExit as stopped:
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stopped.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (stopped.code, lines)
+        assert len(lines[0]) < 2000
+        return lines[0]
+
+
 def peak_memory():
     """The most memory that this process has held, in bytes."""
     import resource  # Windows has none; test_device.py, which is for it too, needs none
@@ -79,6 +94,17 @@ def spy(set_attribute, owner, name, note):
     """Have note(*arguments) called before each call of owner.name."""
     function = getattr(owner, name)
     set_attribute(owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1])
+
+
+@contextlib.contextmanager
+def stopped_in_step(number, monkeypatch):
+    """In this block a run gets SIGTERM in the step of this number, from 1, after its start."""
+    import diffusion_model
+    steps = itertools.count(1)
+    with monkeypatch.context() as patch:
+        spy(patch.setattr, diffusion_model.TrainingRun, "train_step",
+            lambda run: next(steps) == number and os.kill(os.getpid(), signal.SIGTERM))
+        yield
 
 
 @pytest.fixture

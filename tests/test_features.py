@@ -22,7 +22,7 @@ SMALL_RUN = dict(data="shapes", image_size=8, limit=32, batch_size=8, hidden_cha
 
 def shapes(size, count):
     """The first pictures of `data="shapes"` as a network is fed them: (count, 3, size, size) in [-1, 1]."""
-    return load_images("shapes", size, count)[0].float() / 127.5 - 1
+    return support.from_uint8(load_images("shapes", size, count)[0])
 
 
 def fit(model, batch, steps, optimizer):
@@ -49,10 +49,6 @@ def full_size(**options):
     """A SimpleUNet of the true size, without memory or work: for its structure and its number of parameters."""
     with torch.device("meta"):
         return SimpleUNet(**options)
-
-
-def parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_a_one_command_trains_shows_grids_and_writes_a_checkpoint(tmp_path, capsys):
@@ -124,7 +120,8 @@ def test_b_model_info_says_how_it_was_trained(trained):
     info = json.loads((trained / "model_info.json").read_text())
     assert set(info) >= INFO
     assert info["images_seen"] == 2 * 32 and info["learning_rate"] == 1e-4 and "AdamW" in info["optimizer"]
-    assert info["parameters"] == parameters(SimpleDiffusion.load(trained / "diffusion_model.pth", device="cpu"))
+    model = SimpleDiffusion.load(trained / "diffusion_model.pth", device="cpu")
+    assert info["parameters"] == support.count_parameters(model)
 
 
 def test_b_attention_works_at_several_resolutions(trained):
@@ -145,7 +142,7 @@ def test_b_generate_images(trained):
 def test_c_the_ddpm_configuration_learns_and_draws_sixteen_images():
     """Channels in the ratio of 64-128-256, 2 blocks a level, time embedding 128, 1000 linear steps; Adam at 2e-4."""
     options = dict(channel_mults=(1, 2, 4), num_res_blocks=2, attention_levels=(1, 2), time_dim=128)
-    assert parameters(full_size(hidden_channels=64, **options)) > 11e6
+    assert support.count_parameters(full_size(hidden_channels=64, **options)) > 11e6
     torch.manual_seed(0)
     model = SimpleDiffusion(8, n_steps=1000, hidden_channels=16, schedule="linear", prediction="noise",
                             beta_start=1e-4, beta_end=0.02, **options)
@@ -199,7 +196,7 @@ def test_e_a_resnet_as_network_trains_in_five_lines_and_every_sampler_draws_from
     """T = 500, cosine, AdamW with cosine annealing, pictures of a folder resized to 64x64 and kept in memory."""
     images, labels, class_names = load_images(str(pictures), 64)
     assert images.shape == (5, 3, 64, 64) and images.dtype == torch.uint8 and labels is class_names is None
-    x = images.float() / 127.5 - 1
+    x = support.from_uint8(images)
     torch.manual_seed(0)
     diffusion = DiffusionModel(ResNetUNet(), n_steps=500, schedule="cosine")
     first, last = fit(diffusion, (x,), 15, torch.optim.AdamW(diffusion.parameters(), lr=1e-3))

@@ -1,15 +1,13 @@
 """--init and --images: a run on pictures of one's own that begins with trained weights."""
 import hashlib
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, new_run, perturb, same, spy, state
+from conftest import TINY, error_of, new_run, perturb, same, state, stopped_in_step
 
 import diffusion_model
 import support
@@ -71,18 +69,22 @@ def test_another_size(here):
 @pytest.mark.parametrize("flags", [dict(hidden_channels=16), dict(channel_mults=(1, 3)), dict(num_res_blocks=3),
                                    dict(schedule="cosine"), dict(n_steps=50), dict(attention_levels=())])
 def test_a_flag_that_contradicts_the_file(here, flags):
-    """It is an error that names both. What the file has as well, and what no weight depends on, is none."""
+    """It is an error that names both."""
     (name, value), = flags.items()
     with pytest.raises(ValueError, match=f"{support.flag_of(name)} .*source.pth"):
         new_run(**RUN | flags)
-    new_run(**RUN, hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), dropout=0.3)
+
+
+def test_flags_that_do_not_contradict(here):
+    """What the file has as well, and dropout, on which no weight depends."""
+    same_as_the_file = dict(hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,))
+    assert new_run(**RUN, **same_as_the_file, dropout=0.3).model.network.config["dropout"] == 0.3
 
 
 def test_a_flag_at_its_default_contradicts_as_well(here, capsys):
     """On the command line, where it is known that it was given."""
-    with pytest.raises(SystemExit):
-        diffusion_model.main([*"--data FOLDER --init source.pth --device cpu --hidden-channels 64".split()])
-    line = capsys.readouterr().err
+    flags = "--data FOLDER --init source.pth --device cpu --hidden-channels 64".split()
+    line = error_of(diffusion_model.main, capsys, *flags)
     assert line.startswith("error: --hidden-channels 64") and "source.pth, which has 8" in line
 
 
@@ -107,10 +109,7 @@ def test_it_resumes_to_the_bit(here, monkeypatch):
     before = Path("diffusion_model.pth").read_bytes()
     config, stops = TrainConfig(**RUN | dict(init="diffusion_model.pth")), 0
     for _ in range(3):
-        steps = iter(range(1, 100))
-        with monkeypatch.context() as patch:
-            spy(patch.setattr, TrainingRun, "train_step",
-                lambda run: next(steps) == 5 and os.kill(os.getpid(), signal.SIGTERM))
+        with stopped_in_step(5, monkeypatch):
             try:
                 diffusion_model.train(config)
             except SystemExit:

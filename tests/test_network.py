@@ -32,7 +32,7 @@ def spread(*outputs):
 @pytest.mark.parametrize("options, millions", [
     ({}, 4.9), (dict(channel_mults=(1, 2, 4), num_res_blocks=3, attention_levels=(1, 2)), 16.6)])
 def test_parameters(options, millions):
-    """The size that README and the released weights speak of, and that of the earlier project with 16.8 M."""
+    """The size that README and the released weights speak of, and that of the second project in the README's table."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in SimpleUNet(**options).parameters())
     assert round(count / 1e6, 1) == millions
@@ -40,7 +40,7 @@ def test_parameters(options, millions):
 
 @pytest.mark.parametrize("size", [(1, 32, 32), (2, 16, 48), (3, 4, 8)])
 def test_shapes(size):
-    """The output is what the loss compares with the noise: of x's shape, also where H != W (M11)."""
+    """The output is what the loss compares with the noise: of x's shape, also where H != W."""
     x, t, _ = batch(*size)
     assert network(channel_mults=(1, 2, 4), attention_levels=(1, 2))(x, t).shape == x.shape
 
@@ -59,7 +59,7 @@ def test_sizes_that_do_not_halve(levels, size):
     dict(attention_levels=None), dict(in_channels=1), dict(num_res_blocks=(2,)), dict(num_res_blocks=(1, 3)),
 ])
 def test_any_width(options):
-    """Groups and heads have to divide the channels, sine and cosine the time_dim: it runs whatever these are (M9)."""
+    """Groups and heads have to divide the channels, sine and cosine the time_dim: it runs whatever these are."""
     net = network(**options)
     x, t, y = batch(2, 8, 8, options.get("in_channels", 3))
     out = net(x, t, y)
@@ -78,7 +78,7 @@ def test_impossible_sizes(options):
     (dict(attention_levels=(2,)), "0..1"), (dict(attention_levels=(-1,)), "0..1"),
     (dict(num_res_blocks=(1, 2, 3)), "2"), (dict(num_heads=3), "1, 2, 4, 8, 16")])
 def test_options_that_do_not_fit(options, words):
-    """Neither ignored nor changed in silence: the error has the numbers that would do (users.md, row 35)."""
+    """Neither ignored nor changed in silence: the error has the numbers that would do."""
     with pytest.raises(ValueError, match=f"{list(options)[0]}.*{words}"):
         network(**options)
 
@@ -93,7 +93,7 @@ def test_rebuilt_from_its_config():
 
 
 def test_time_and_class_change_the_output():
-    """An embedding that is computed and never used trains without any error (users.md M1, B20)."""
+    """An embedding that is computed and never used trains without any error."""
     net = network()
     x = batch(1, 8, 8)[0].expand(4, 3, 8, 8)
     over_time = net(x, torch.tensor([0, 10, 500, 999]))
@@ -113,7 +113,7 @@ def test_labels_without_classes():
 
 @pytest.mark.parametrize("size", [(8, 8), (28, 28), (32, 32), (16, 48), (64, 64)])
 def test_images_do_not_mix(size):
-    """Image i of a batch comes out as it does alone: a reshape for one fixed image size folds others together (M4)."""
+    """Image i of a batch comes out as it does alone: a reshape for one fixed image size folds others together."""
     net = network(channel_mults=(1, 2, 2), attention_levels=(0, 1, 2) if size[0] < 32 else (1, 2))
     x, t, y = batch(4, *size)
     assert spread(net(x, t, y), torch.cat([net(x[i:i + 1], t[i:i + 1], y[i:i + 1]) for i in range(4)])) < 1e-4
@@ -134,7 +134,7 @@ def attention(request):
 
 def test_attention_is_pytorchs(attention):
     """x + out(softmax(q k^T / sqrt(d)) v), the middle by PyTorch: finds a wrong scale, a softmax over the wrong axis,
-    heads that are cut wrongly (M6, M7)."""
+    heads that are cut wrongly."""
     x = torch.randn(2, 8, 4, 6)
     tokens = attention.norm(x).flatten(2).transpose(1, 2)
     q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
@@ -145,7 +145,7 @@ def test_attention_is_pytorchs(attention):
 
 
 def test_fused_attention_gets_contiguous_tensors(monkeypatch):
-    """On MPS permuted ones gave wrong results without an error (users.md, row 14)."""
+    """On MPS permuted ones gave wrong results without an error."""
     fused, given = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or fused(*qkv))
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_fused_attention_gets_contiguous_tensors(monkeypatch):
 
 
 def test_attention_knows_no_positions(attention):
-    """Pixels in another order come out in that order: a reshape where a permute belongs breaks that (M5)."""
+    """Pixels in another order come out in that order: a reshape where a permute belongs breaks that."""
     x, order = torch.randn(2, 8, 4, 6), torch.randperm(24)
 
     def shuffled(images):
@@ -164,7 +164,7 @@ def test_attention_knows_no_positions(attention):
 
 
 def test_attention_is_an_average(attention):
-    """The weights of each pixel sum to 1, so where every value is c so is the result; not with softmax over q (M6)."""
+    """The weights of each pixel sum to 1, so where every value is c so is the result; not with softmax over q."""
     c = torch.randn(8)
     with torch.no_grad():
         attention.qkv.weight[16:], attention.qkv.bias[16:] = 0, c
@@ -175,8 +175,8 @@ def test_attention_is_an_average(attention):
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_time_embedding(bfloat16):
-    """A row depends on its timestep alone, not on its place in the batch (M2). All 1000 differ, the ends much,
-    which t / 1000 in these sinusoids would not give (M3), nor t in bfloat16, which makes 507 of them (B17)."""
+    """A row depends on its timestep alone, not on its place in the batch. All 1000 differ, the ends much,
+    which t / 1000 in these sinusoids would not give, nor t in bfloat16, which makes 507 of them."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         rows, mixed, one = (time_embedding(torch.tensor(t), 256) for t in (range(1000), [5, 5, 900, 5], [7]))
     assert rows.shape == (1000, 256) and rows.dtype == torch.float32 and len(rows.unique(dim=0)) == 1000
@@ -185,7 +185,7 @@ def test_time_embedding(bfloat16):
 
 
 def test_training_and_drawing_see_one_network():
-    """Without dropout nothing depends on the mode: batch statistics would, and EMA weights have none (M8)."""
+    """Without dropout nothing depends on the mode: batch statistics would, and EMA weights have none."""
     net = network()
     x, t, y = batch(2, 8, 8)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
@@ -201,7 +201,7 @@ def test_dropout():
 
 
 def test_every_parameter_learns():
-    """What gets no gradient is not connected: a projection of time, a skip, a row of the class embedding (M1)."""
+    """What gets no gradient is not connected: a projection of time, a skip, a row of the class embedding."""
     net = network(channel_mults=(1, 2, 4), attention_levels=(1, 2), num_res_blocks=2)
     x, t, y = batch(8, 8, 8)
     F.mse_loss(net(x, t, y), torch.randn_like(x)).backward()

@@ -3,6 +3,7 @@
 Most runs are made in this process. Those that are killed are children of a server that has imported torch before
 (multiprocessing's forkserver), which makes a start cheap.
 """
+import contextlib
 import copy
 import hashlib
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import INFO, ROOT, new_run, peak_memory, same, spy, state
+from conftest import INFO, ROOT, new_run, peak_memory, same, spy, state, stopped_in_step
 
 import diffusion_model
 import support
@@ -31,8 +32,8 @@ from diffusion_model import DiffusionModel, TrainConfig, TrainingRun, learning_r
 ROUNDS, KILLS = 3, 6  # rounds of killing a run at random moments, and how often in each. For dozens: raise ROUNDS
 CONFIG = dict(data="shapes", image_size=8, hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, device="cpu",
               attention_levels=(1,), limit=256, batch_size=32, epochs=2, sample_every=1)  # two epochs of eight steps
-RUN = ("--data shapes --image-size 8 --hidden-channels 8 --channel-mults 1 2 --num-res-blocks 1 --device cpu "
-       "--attention-levels 1 --limit 256 --batch-size 32 --epochs 2 --sample-every 1").split()
+RUN = [str(word) for name, value in CONFIG.items()
+       for word in (support.flag_of(name), *(value if isinstance(value, tuple) else [value]))]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload("torch._dynamo torchvision.utils matplotlib.backends.backend_agg tqdm pytest".split())
 
@@ -102,7 +103,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def longer(tmp_path_factory):
+def longer(tmp_path_factory, whole):  # after `whole`: the start of the server is no part of the seconds
     """The flags of a run of five epochs with dropout, its state where nothing stopped it, and the seconds it took."""
     flags, started = ("--epochs", 5, "--limit", 128, "--dropout", 0.2, "--sample-every", 2), time.monotonic()
     return flags, state(finish(tmp_path_factory.mktemp("longer"), *flags)), time.monotonic() - started
@@ -111,7 +112,7 @@ def longer(tmp_path_factory):
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_killed_at_random_moments(tmp_path, longer, seed):
     """SIGKILL, SIGINT and SIGTERM again and again: the same command ends with the very bits of the whole run."""
-    (flags, expected, seconds), chance = longer, random.Random(seed)
+    (flags, expected, seconds), chance, hits = longer, random.Random(seed), 0
     for _ in range(KILLS):
         process = start(tmp_path, *flags)
         process.join(chance.uniform(0, 0.8 * seconds))
@@ -119,10 +120,11 @@ def test_killed_at_random_moments(tmp_path, longer, seed):
         if process.is_alive():
             os.kill(process.pid, number)
         process.join(60)
-        out, err = ((tmp_path / name).read_text() for name in ("out", "err"))
+        err = (tmp_path / "err").read_text()
         before_training = process.exitcode == 1 and "KeyboardInterrupt" in err
         assert process.exitcode in (0, -number, 128 + number) or before_training, f"{process.exitcode}: {err}"
-        assert process.exitcode != 128 + number or "the same command" in out.splitlines()[-1]
+        hits += process.exitcode != 0
+    assert hits > 0
     assert same(state(finish(tmp_path, *flags)), expected)
     assert sorted(path.name[6:10] for path in (tmp_path / "samples").glob("epoch*")) == ["0002", "0004", "0005"]
 
@@ -144,13 +146,24 @@ def test_stopped_after_every_single_step(here, monkeypatch, capsys, dropout):
     assert signal.getsignal(signal.SIGINT) is handler  # as it was before
 
 
-def test_a_second_signal_ends_at_once(here, monkeypatch):
-    """In the middle of a step, and without saving."""
+@pytest.mark.parametrize("number, code, step", [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 4)])
+def test_a_second_signal(here, monkeypatch, number, code, step):
+    """Ctrl-C: it ends in the middle of a step, without saving. SIGTERM: torchrun repeats that of a scheduler."""
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
     spy(monkeypatch.setattr, TrainingRun, "train_step", lambda run: run.step == 3 and twice())
-    assert train() == 130 and state()["step"] == 0
+    assert train() == code and state()["step"] == step
+
+
+def test_an_ignored_signal_stays_ignored(here, monkeypatch):
+    """A shell has the background jobs of a script ignore the Ctrl-C that is meant for the foreground."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        spy(monkeypatch.setattr, TrainingRun, "train_step", lambda run: os.kill(os.getpid(), signal.SIGINT))
+        assert train() == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_does_nothing_and_more_epochs_go_on(here, capsys):
@@ -212,7 +225,7 @@ def test_an_older_checkpoint_is_kept(here, monkeypatch):
     assert train("--restart") == 0 and Path("diffusion_model.pth.bak2").read_bytes() == before
 
 
-def test_weights_that_are_not_finite_do_not_replace_a_state(here, capsys):
+def test_weights_that_are_not_finite_do_not_replace_a_state(here):
     """The loss of a step can be finite and what it makes of the weights not: resuming would refuse that state."""
     assert train("--epochs", 1) == 0
     run, before = new_run(**CONFIG), state()
@@ -225,7 +238,7 @@ def test_weights_that_are_not_finite_do_not_replace_a_state(here, capsys):
 
 
 def test_pictures_on_the_way_change_nothing(here, whole):
-    """Grids and exports leave the training alone (C5)."""
+    """Grids and exports leave the training alone."""
     assert train("--sample-every", 2) == 0
     ours, theirs = state(), state(whole)
     del ours["config"], theirs["config"]
@@ -338,6 +351,7 @@ def test_muon_of_kernels(memory_format):
         theirs.step()
         torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0, atol=0.02)     # Newton-Schulz is in bfloat16
     assert kernel.is_contiguous(memory_format=memory_format)
+    assert ours.param_groups[0]["params"][0].grad is None  # which would keep the gradient's memory
 
 
 def test_options_of_any_make(here, whole):
@@ -362,7 +376,7 @@ def test_a_seed_is_a_run(whole, here):
     assert not torch.equal(state("other")["model"]["down.0.entry.weight"], state()["model"]["down.0.entry.weight"])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, whole, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, monkeypatch, capsys):
     """Exit code 2, an error that names the step; the state is the last good one, from which the run can go on."""
     calls = []
 
@@ -378,6 +392,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, whole, m
     assert "not finite at step 11" in line and "--lr" in line
     assert state()["step"] == 8
     assert train("--lr", 1e-3) == 0 and state()["step"] == 16       # what the error line says
+    assert state()["config"]["lr"] == 1e-3
     said = capsys.readouterr().out
     assert said.startswith("going on after step 8 ") and "learning rate 0.001" in said.splitlines()[0]
     assert train("--restart", "--lr", 1e30) == 2
@@ -490,7 +505,9 @@ def test_what_a_run_writes_is_not_its_data(here, monkeypatch, capsys):
     from PIL import Image
     Path("pictures").mkdir()
     Image.new("RGB", (8, 8), "red").save("pictures/red.png")
-    for flags in ("--data . --out run", "--data pictures --out pictures", "--data ../pictures --out ../pictures/run"):
+    for flags in ("--data . --out run", "--data pictures --out pictures", "--data ../pictures --out ../pictures/run",
+                  "--data run/samples --out run"):
+        Path("run", "samples").mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(here / "pictures" if ".." in flags else here)
         assert train(*flags.split()) == 2 and "--data" in error_line(capsys) and not list(here.rglob("*.pth"))
     monkeypatch.setenv("HOME", str(here))
@@ -508,8 +525,7 @@ def test_wrong_options_are_noticed_before_the_data_is_read(here, capsys, monkeyp
     "--unconditional", "--attention-levels", "--attention-levels 0 1", "--channel-mults 1 3", "--num-heads 2",
     "--hidden-channels 7", "--num-res-blocks 2 1", "--dropout 0.9", "--n-steps 50", "--image-size 6",
     "--schedule cosine", "--prediction noise", "--t-distribution uniform"])
-def test_every_choice_runs_and_does_something(here, flags):
-    """Each is found again in the checkpoint, which draws."""
+def test_every_choice_is_in_the_checkpoint_which_draws(here, flags):
     flag, *values = flags.split()
     assert train("--limit", 64, "--epochs", 1, flag, *values) == 0
     saved = torch.load("diffusion_model.pth", weights_only=True)
@@ -530,12 +546,17 @@ def test_the_flags_are_the_fields(capsys):
 @pytest.mark.parametrize("works", [True, False])
 def test_compile(here, whole, monkeypatch, works):
     """The checkpoint has the same keys; where compiling fails, the run is as without it."""
-    compiled = torch.compile
+    compiled, graphs = torch.compile, []
 
-    def no_compiler(graph, inputs):
-        raise RuntimeError("no compiler here")
-    monkeypatch.setattr(torch, "compile", lambda module: compiled(module, backend="eager" if works else no_compiler))
-    assert train("--compile") == 0 and state()["model"].keys() == state()["ema"].keys() == state(whole)["model"].keys()
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        if not works:
+            raise RuntimeError("no compiler here")
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda module: compiled(module, backend=compiler))
+    with torch._dynamo.config.patch(suppress_errors=False):                     # a run sets it: undone afterwards
+        assert train("--compile") == 0 and graphs
+    assert state()["model"].keys() == state()["ema"].keys() == state(whole)["model"].keys()
     assert works or same(state()["model"], state(whole)["model"])
 
 
@@ -565,25 +586,12 @@ def test_an_optimiser_of_ones_own_resumes_to_the_bit(here, monkeypatch, optimize
     spy(monkeypatch.setattr, torch.optim.SGD, "step",
         lambda self, *_: rates.append([group["lr"] for group in self.param_groups]))
     for _ in range(4):  # stopped after every fifth step
-        steps = iter(range(1, 100))
-        with monkeypatch.context() as patch:
-            spy(patch.setattr, TrainingRun, "train_step",
-                lambda run: next(steps) == 5 and os.kill(os.getpid(), signal.SIGTERM))
-            try:
-                diffusion_model.train(TrainConfig(**config), optimizers)
-            except SystemExit as stopped:
-                assert stopped.code == 143
+        with stopped_in_step(5, monkeypatch), contextlib.suppress(SystemExit):
+            diffusion_model.train(TrainConfig(**config), optimizers)
     assert same(state(), state("whole")) and state()["step"] == 16
     assert optimizers is sgd or state()["optimizers"][0]["param_groups"][0]["calls"] == 16
     assert all(second == pytest.approx(first / 2) for first, second in rates)
     assert len(rates) == (16 if optimizers is sgd else 0)
-
-
-def test_another_learning_rate_goes_on(here):
-    """The way out where a loss is not finite: nothing else may change, this may."""
-    train("--epochs", 1)
-    assert train("--epochs", 2, "--lr", 1e-3, "--sample-every", 5) == 0
-    assert state()["step"] == 16 and state()["config"]["lr"] == 1e-3
 
 
 def test_no_flip(here):
@@ -748,10 +756,10 @@ def test_64x64_with_default_flags_fits_in_two_gigabytes(tmp_path):
 
 
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
-    """A short run ends within 2 % of the loss of the same run in float32 (trivially where there is no bfloat16)."""
+    """A short run ends within 2 % of the loss of the same run in float32."""
     losses = []
-    for native in (diffusion_model.has_bfloat16, lambda device: False):
-        monkeypatch.setattr(diffusion_model, "has_bfloat16", native)
+    for bfloat16 in (True, False):  # a CPU that does not have it computes it all the same
+        monkeypatch.setattr(diffusion_model, "has_bfloat16", lambda device: bfloat16)
         run = new_run(**{**CONFIG, "epochs": 12, "lr": 2e-3, "out": tmp_path})
         seen = []
         while run.step < run.total_steps:
