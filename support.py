@@ -546,6 +546,9 @@ def begin_with(source, config, options, class_names):
             theirs[name] = ours
         elif (name in given or ours != getattr(type(config), name)) and not agree(name, ours, theirs[name]):
             raise ValueError(f"{flag_of(name)} {ours} contradicts --init {config.init}, which has {theirs[name]}")
+    size = source.image_size
+    if size != config.image_size and "image_size" not in getattr(config, "given", ["image_size"]):
+        raise ValueError(f"--init {config.init} draws {size}x{size} pixels: give --image-size {size}, or another")
     return with_weights_of(source, type(source)(**theirs))
 
 

@@ -88,6 +88,11 @@ def test_a_flag_at_its_default_contradicts_as_well(here, capsys):
     assert line.startswith("error: --hidden-channels 64") and "source.pth, which has 8" in line
 
 
+def test_the_size_of_the_file_is_not_changed_in_silence(here, capsys):
+    """Where no --image-size is given, the default of 32 would be another than what the file draws."""
+    assert "--image-size 8" in error_of(diffusion_model.main, capsys, *"--data FOLDER --init source.pth".split())
+
+
 def test_grey_and_colour(here):
     """Grey pictures will do for a network in colour; the other way round is an error."""
     for path in Path("FOLDER").rglob("*.png"):
