@@ -92,11 +92,11 @@ def test_commands(workplace, lines):
 def test_settings_of_the_earlier_projects(monkeypatch):
     """The flags in that table of the README are known."""
     rows = [row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("| ") and "`--" in row]
-    assert len(rows) == 5
     monkeypatch.setattr(diffusion_model, "train", lambda config: None)
-    for row in rows:
-        flags = [word for code in re.findall(r"`(--[^`]*)`", row) for word in code.split()]
-        diffusion_model.main(flags)
+    common, *settings = [[word for code in re.findall(r"`(--[^`]*)`", row) for word in code.split()] for row in rows]
+    assert len(settings) == 5
+    for flags in settings:
+        diffusion_model.main([*common, *flags])
 
 
 def test_other_commands_are_known():
