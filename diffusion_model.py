@@ -17,7 +17,7 @@ Where no paper is named, equations and algorithms are those of Ho et al. 2020, D
 (arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
 DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Karras et al. 2022
 (2206.00364: which noise levels to train on), Lu et al. 2022 (2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024
-(2404.07724: guidance interval).
+(2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time embedding), Jordan et al. 2024 (Muon).
 """
 import contextlib
 import math
@@ -42,7 +42,7 @@ try:
     import support
     from support import flag_of, from_uint8, load_images
 except ImportError:
-    support = None  # this file was copied alone: parts 0 to 3 can do without
+    support = None  # copied alone, or torch is older than 2.9: parts 0 to 3 can do without
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 0. The machine: device, bfloat16, progress bar
@@ -113,7 +113,7 @@ def time_embedding(t, width):
     half = (width + 1) // 2                                                 # rounded up: width may be odd
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies           # (B, half); in bfloat16 neighbouring timesteps would be equal
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]                # which comes first is all the same
 
 
 def divisors(n, limit):
@@ -168,7 +168,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale_shift = nn.Linear(time_dim, 2 * channels)                # of all channels
+        self.scale_shift = nn.Linear(time_dim, 2 * channels)                # one of each for every channel
         self.norm2 = group_norm(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
@@ -212,8 +212,7 @@ class SimpleUNet(nn.Module):
         if last < 0 or min(size for size in sizes if size is not None) < 1:
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
         if len(depths) != last + 1 or not set(attention_levels) <= set(range(last + 1)):
-            raise ValueError(f"num_res_blocks must be one number or one for each level, attention_levels be in "
-                             f"0..{last}: got {depths} and {attention_levels}")
+            raise ValueError(f"attention_levels {attention_levels}, num_res_blocks {depths}: levels are 0..{last}")
         self.num_classes = num_classes
         self.size_multiple = 2**last
         widths = [hidden_channels * mult for mult in channel_mults]
@@ -330,7 +329,7 @@ class DiffusionModel(nn.Module):
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
             lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,      # log(alpha / sigma): lambda in Lu et al.
-            betas=betas, alphas_cumprod=alphas_cumprod,                     # these and the next: for your own code
+            betas=betas, alphas_cumprod=alphas_cumprod,                     # the usual names, as is the next
             posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),   # eq. 7; 0 at t = 0
         )
         for name, table in tables.items():
@@ -398,7 +397,7 @@ class DiffusionModel(nn.Module):
         return x_0.clamp(-1, 1)  # not in Algorithm 2, but in Ho et al.'s code: later steps would magnify the error
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
-        """Mix x_0 with the noise in x_t, in the shares of s: -> x_s, like x_t (Song et al. 2021, eq. 7; eta: eq. 16).
+        """Mix x_0 with the noise in x_t, as much of each as at s: -> x_s (Song et al. 2021, eq. 7; eta: eq. 16).
 
         x_0: the clean image to head for. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the
         noise is replaced by new_noise: 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (s = t - 1: Algorithm 2).
@@ -442,7 +441,7 @@ class DiffusionModel(nn.Module):
         sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ merges equals); None: its default.
         y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
         guidance_interval: guide only where sigma / alpha is in this range (Kynkaanniemi et al. 2024).
-        seed: image i of the batch is drawn with seed + i, alone too; None: random. torch's random state is not used.
+        seed: image i of the batch is what seed + i draws alone; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
         x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar. ValueError if options do not fit.
@@ -454,7 +453,7 @@ class DiffusionModel(nn.Module):
         if init_image is not None and strength == 0:
             return init_image.clone()
         draw_noise = noise_of_seeds(shape, seed, device)
-        noise = draw_noise()  # even where x_T is given: that may be this very noise, and the first z must not be
+        noise = draw_noise()  # even where x_T is given: x_T may be this very noise, and the first z must be another
         x_t = noise if x_T is None else x_T                                 # Algorithm 2, line 1
         if init_image is not None:
             highest = strength * self.n_steps + 1e-6                        # 0.29 * 100 is 28.999...
@@ -528,12 +527,13 @@ class Sampler(NamedTuple):
 
 
 def aim_ahead(process, now, before, denoise):
-    """The estimate to expect halfway through the step, extrapolated in lambda from the last two (D in Lu et al.)."""
+    """D of DPM-Solver++(2M) (Lu et al. 2022): the estimate to expect in the middle of the step, extrapolated."""
     if before is None:  # nothing to extrapolate from
         return now.x_0
-    length = process.lambdas[now.s] - process.lambdas[now.t]
-    length_before = process.lambdas[now.t] - process.lambdas[before.t]
-    return now.x_0 + (now.x_0 - before.x_0) * length / (2 * length_before)
+    # `step` with eta 0 is theirs: it gives D the weight alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
+    h = process.lambdas[now.s] - process.lambdas[now.t]
+    h_before = process.lambdas[now.t] - process.lambdas[before.t]
+    return now.x_0 + (now.x_0 - before.x_0) * h / (2 * h_before)            # their r is h_before / h
 
 
 SAMPLERS = {
@@ -558,7 +558,7 @@ class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
 
     With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and draws t lognormally.
-    unet_options: more of SimpleUNet's. By default the last level has attention if it works at 16x16 or less.
+    unet_options: the others of SimpleUNet. By default the last level has attention if it works at 16x16 or less.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
@@ -595,11 +595,10 @@ class SimpleDiffusion(nn.Module):
     def save(self, path="diffusion_model.pth", **info):
         """Write weights (float16) and what rebuilds the model, as a dict. info: numbers and strings, for humans."""
         weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise FloatingPointError(f"the weights are not finite, or too large for float16: {path} was not written")
         contents = dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
                         model_state_dict=weights, image_size=self.image_size, class_names=self.class_names)
         with replacing(path) as temporary:
+            check_contents(contents)  # float16 may not hold the weights; `load` would refuse numpy's numbers
             torch.save(contents, temporary)
 
     @classmethod
@@ -623,7 +622,7 @@ class SimpleDiffusion(nn.Module):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path to write to; it takes the place of `path` only once all of it is on the disk."""
+    """Yield a temporary path; it takes the place of `path` once all of it is on the disk. Errors are OSErrors."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -632,7 +631,7 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save raises where the disk is full
+    except (OSError, RuntimeError, ValueError) as error:  # the last two: torch.save, check_contents
         raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from None
     finally:
         with contextlib.suppress(OSError):  # it was moved, or never made
@@ -640,7 +639,7 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def reading(path, remedy="give another file"):
+def reading(path, remedy="give a diffusion_model.pth"):
     """Yield what torch.save wrote to `path`. Any error in reading it or in the block is a ValueError that names it."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -660,7 +659,7 @@ def reading(path, remedy="give another file"):
 
 
 def check_contents(value, depth=0):
-    """Refuse all but finite tensors and numbers, strings, and a few levels of lists and dicts of them."""
+    """Refuse all but finite tensors, Python's finite numbers, strings, and a few levels of lists and dicts of them."""
     if isinstance(value, torch.Tensor):
         # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
         repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
@@ -671,8 +670,8 @@ def check_contents(value, depth=0):
     elif isinstance(value, (list, tuple)) and depth < 6:  # deeper: a short pickle can nest without end
         for entry in value:
             check_contents(entry, depth + 1)
-    elif not isinstance(value, (int, str, type(None))) and not (isinstance(value, float) and math.isfinite(value)):
-        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")
+    elif type(value) not in (bool, int, str, type(None)) and not (type(value) is float and math.isfinite(value)):
+        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")  # such as numpy.float64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,7 +707,7 @@ class TrainConfig:
     t_distribution: str = option("lognormal", "timesteps to train on: lognormal (where most is learned) or uniform")
     unconditional: bool = option(False, "ignore the classes of the data")
     no_flip: bool = option(False, "never mirror the images: for letters, digits and whatever has a left and a right")
-    sample_every: int = option(5, "epochs between grids and exports; with --images at most 20 are made", least=1)
+    sample_every: int = option(5, "epochs between grids and exports (--images: a twentieth of all)", least=1)
     seed: int = option(0, "of the weights, the order of the data and all noise", least=0, below=2**31)
     device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
     compile: bool = option(False, "compile the network with torch.compile")
@@ -716,15 +715,17 @@ class TrainConfig:
     restart: bool = option(False, "begin again, even where a stopped run could go on")
 
     def __post_init__(self):
+        if support is None:
+            raise ImportError("training needs support.py beside diffusion_model.py, and torch 2.9 or newer")
         support.check_options(self)
 
 
-# A stopped run resumes only if all other options are as they were: otherwise it would be a different run.
+# All other options must be as they were, or it would be another run. A new lr can rescue one whose loss blew up.
 MAY_CHANGE_ON_RESUME = ("out", "epochs", "images", "lr", "sample_every", "device", "compile", "tensorboard", "restart")
 
 
 def learning_rate(step, total_steps, peak):
-    """Warm-up over 500 steps (5 % of a short run) from above 0, times a cosine to 0. step: 0..total_steps-1."""
+    """Linear warm-up over 500 steps (5 % of a short run), times a cosine that falls to 0. step: 0..total_steps-1."""
     warmup = min(500, max(1, total_steps // 20))
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
@@ -818,7 +819,7 @@ class TrainingRun:
     def train_step(self):
         """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        first_seed = 1_000_003 * self.config.seed                           # far apart: runs share no step's seed
+        first_seed = 1_000_003 * self.config.seed                           # other runs share none for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
@@ -833,7 +834,7 @@ class TrainingRun:
             for group, peak in zip(optimizer.param_groups, peak_rates):
                 group["lr"] = learning_rate(self.step, self.total_steps, peak)
             optimizer.step()                                                # line 5: the gradient descent step
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         self.step += 1
         update_ema(self.ema, self.model, self.step)
         self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))   # nan marks a bad gradient, too
@@ -871,7 +872,7 @@ class TrainingRun:
         path = self.out / "training_state.pth"
         if self.config.restart or not path.exists():
             return False
-        with reading(path, "--restart begins again") as state:
+        with reading(path, "--restart begins again, with --init FILE from other weights") as state:
             before = asdict(TrainConfig(**state["config"]))
             changed = [f"{flag_of(name)} {before[name]}, not {now}" for name, now in asdict(self.config).items()
                        if before[name] != now and name not in MAY_CHANGE_ON_RESUME]
@@ -894,7 +895,7 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        if state["memory_format"] == str(memory_format(self.images.device)):  # else Muon's columns differ: begin anew
+        if state["memory_format"] == str(memory_format(self.images.device)):  # else Muon's matrices have other columns
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
 
@@ -918,7 +919,7 @@ def train(config, make_optimizers=make_optimizers):
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds                                # as if there had been no break
-    with report.bar, support.stop_signals() as received:  # the first Ctrl-C; a second one ends at once, unsaved
+    with report.bar, support.stop_signals() as received:  # notes the first Ctrl-C; a second ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
@@ -931,7 +932,7 @@ def train(config, make_optimizers=make_optimizers):
             may_be_lost = min(20, run.seconds / 10) if epoch_done else 300  # seconds of work
             if stop or run.step == run.total_steps or run.seconds - run.saved_at > may_be_lost:
                 run.save()
-            if stop:
+            if stop and run.step < run.total_steps:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
                 sys.exit(128 + stop)                                        # 130 or 143, the shells' convention
     return run.ema

@@ -96,7 +96,7 @@ def parse(argv):
 def layout(args, names):
     """Which pictures to draw: -> the label of each (None where there are no classes), how many stand in a row."""
     rows = names if "all" in args.classes else args.classes
-    unknown = [name for name in rows if name not in names]
+    unknown = [name for name in args.classes if name not in [*names, "all"]]
     if unknown or args.classes == []:
         raise ValueError(f"{' '.join(['--class', *unknown])}: the classes are {', '.join(names) or 'none'}, or all")
     if not rows and (args.interpolate or not (args.n or args.denoising)):
@@ -135,8 +135,8 @@ def draw(args):
     endings = ["_" + re.sub(r"[^\w-]+", "-", name) for name in names]       # a name from a file may hold / and ..
     files = [f"{i:05d}{endings[label] if names else ''}.png" for i, label in enumerate(labels)]
     single = SingleFiles(args.save_each, files, keep=count > GRID)
-    first, started = single.first, time.monotonic()
-    for batch in batches(model, labels, first, args.seed, **options):
+    started = time.monotonic()
+    for batch in batches(model, labels, single.first, args.seed, **options):
         single.save(batch)
         if count <= GRID:
             images.extend(batch)
@@ -145,7 +145,7 @@ def draw(args):
     elif images:
         save_grid(torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size))
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
-    print(f"{count - first} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
+    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
           f"{len(model.diffusion.timesteps(args.sampler, args.steps))} steps, guidance {options['guidance']:g}")
     gif = args.out.with_suffix(".gif") if args.denoising else None
     print("wrote", *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path))

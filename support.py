@@ -90,9 +90,9 @@ def open_picture(path, size):
 
 def to_square(picture, image_size):
     """A PIL image, resized and cropped to its centre -> uint8 (3, S, S)."""
-    import numpy
     from PIL import ImageOps
-    return torch.tensor(numpy.asarray(ImageOps.fit(picture, [image_size] * 2))).permute(2, 0, 1)
+    from torchvision.transforms.functional import pil_to_tensor
+    return pil_to_tensor(ImageOps.fit(picture, [image_size] * 2))
 
 
 def read_picture(path, image_size, channels=3):
@@ -178,13 +178,15 @@ def load_images(data, image_size=32, limit=None, out=None):
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
     root = Path("data" if data == "cifar10" else data).resolve()
+    by_hand = (f"fetch it with curl, which goes on where it broke off: curl -C - --create-dirs -o "
+               f"{quoted(root / CIFAR10_ARCHIVE)} {CIFAR10.url} (a mirror will do, for its checksum is verified)")
+    if not any((root / name).exists() for name in (CIFAR10_ARCHIVE, "cifar-10-batches-py")):
+        print(f"downloading CIFAR-10 (170 MB) into {root}; if that is slow, Ctrl-C and {by_hand}", flush=True)
     try:
         # With download=True it also unpacks an archive that was fetched by hand. Either way it checks the checksums.
         cifar = CIFAR10(root, train=True, download=data == "cifar10" or (root / CIFAR10_ARCHIVE).exists())
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 could not be loaded ({error}): fetch it with curl, which goes on where it broke "
-                         f"off: curl -C - --create-dirs -o {quoted(root / CIFAR10_ARCHIVE)} {CIFAR10.url} "
-                         f"(a mirror will do, for its checksum is verified); or train without it: --data shapes, or "
+        raise ValueError(f"CIFAR-10 could not be loaded ({error}): {by_hand}; or train without it: --data shapes, or "
                          f"--data FOLDER of your images") from None
     images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
     if image_size != 32:
@@ -216,9 +218,12 @@ def save_grid(images, path, columns, scale=None):
     Image.fromarray(make_grid(pixels, nrow=columns).permute(1, 2, 0).numpy()).save(path)
 
 
-def most_alike(images, data):
-    """Of `data`, uint8 (M, C, S, S), the one nearest to each of `images` (N, C, S, S) in [0, 1]: -> like `images`."""
-    either_way = torch.cat([images, images.flip(3)]).flatten(1)             # (2 N, C * S * S): training mirrors, too
+def most_alike(images, data, mirrored=True):
+    """Of `data`, uint8 (M, C, S, S), the one nearest to each of `images` (N, C, S, S) in [0, 1]: -> like `images`.
+
+    mirrored: or nearest to its mirror image, which training shows as often.
+    """
+    either_way = torch.cat([images, images.flip(3) if mirrored else images]).flatten(1)     # (2 N, C * S * S)
     parts = data.split(1 + 3_000_000 // data[0].numel())                    # of 12 MB each, as float32
     distances = torch.cat([torch.cdist(part.flatten(1) / 255, either_way) for part in parts])   # (M, 2 N)
     return data[torch.minimum(*distances.chunk(2, dim=1)).argmin(dim=0)] / 255
@@ -240,7 +245,7 @@ class SingleFiles:
             raise ValueError(f"--save-each {folder}: name another folder, other pictures are in it, such as "
                              f"{min(there - set(names))}")
         done = next((i for i, name in enumerate(names) if name not in there), len(names)) if keep else 0
-        self.first = max(0, done - 1)                                       # the last one again, to compare it
+        self.first = self.next = max(0, done - 1)                           # the last one again, to compare it
         self.compare = done > 0
 
     @staticmethod
@@ -252,12 +257,12 @@ class SingleFiles:
 
     def save(self, images):
         for image in images if self.folder else []:
-            path = self.folder / self.names[self.first]
+            path = self.folder / self.names[self.next]
             if self.compare and self.differs(path, image):
                 raise ValueError(f"--save-each {self.folder}: name another folder, {path.name} is another picture")
             self.compare = False
             save_grid(image[None], path, columns=1, scale=1)                # a single picture gets no border
-            self.first += 1
+            self.next += 1
 
 
 def save_denoising(moments, path):
@@ -396,8 +401,8 @@ def ends_in_one_line():
         words = ("allocate", "out of memory", "alloc_failed")               # of CPU and MPS; of CUDA; of its libraries
         if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in words):
             raise  # no lack of memory but a bug: show where
-        message = (f"out of memory ({error}): lower --batch-size, --hidden-channels or --image-size, together with "
-                   f"--restart; to draw, -n below 16 or --device cpu")
+        message = (f"out of memory ({error}): end other programs and give the same command; or lower --batch-size, "
+                   f"--hidden-channels or --image-size, with --restart; to draw, -n below 16 or --device cpu")
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
@@ -624,6 +629,7 @@ class Report:
 
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
+        little = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 else ""
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
@@ -635,7 +641,7 @@ class Report:
             f"network   {count_parameters(network) / 1e6:.1f} M parameters, {classes}\n"
             f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide\n"
             f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}, "
-            f"learning rate {config.lr:g}\n"
+            f"learning rate {config.lr:g}{little}\n"
             f"files     {run.out}")
 
     def tensorboard_writer(self):
@@ -665,12 +671,19 @@ class Report:
         run.save()  # now, so that a full disk is noticed at once
 
     def step(self):
-        """Move the bar. Once a second it shows the loss; not in each step, for reading it waits for the GPU."""
-        self.bar.update(self.run.batch_size)
-        if time.monotonic() - self.shown > 1:
-            recent = self.run.fetch_losses()[-100:]
-            self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+        """Move the bar, which shows the loss once a second; without a terminal, a line every five minutes.
+
+        Not in each step: reading a loss waits for the GPU.
+        """
+        run, terminal = self.run, sys.stderr.isatty()
+        self.bar.update(run.batch_size)
+        if time.monotonic() - self.shown > (1 if terminal else 300):
             self.shown = time.monotonic()
+            recent = run.fetch_losses()[-100:]
+            if terminal:
+                self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+            else:
+                run.processes.say(f"step {run.step}/{run.total_steps}  loss {sum(recent) / len(recent):.4f}")
 
     def epoch(self, losses):
         """A line for the epoch that has ended; every few epochs, and after the last, samples and an export."""
@@ -706,10 +719,11 @@ class Report:
         temporary.write_text(json.dumps(info, indent=2) + "\n")
         os.replace(temporary, run.out / "model_info.json")
         # Drawn from the file, so that the grid shows what inference_example.py draws with --guidance 1.
-        model = run.ema.load(checkpoint, run.images.device)
+        model = type(run.ema).load(checkpoint, run.images.device)
         labels = None if run.labels is None else [i % model.network.num_classes for i in range(4)]
         images = model.sample(4, y=labels, seed=run.config.seed, progress=False)
         save_grid(images, run.out / "samples" / f"epoch_{len(run.epoch_losses):04d}.png", columns=2)
         # Below each the training picture that is most like it: whoever has few pictures can see what is a copy.
-        save_grid(torch.cat([images, most_alike(images, run.images)]), run.out / "samples" / "nearest.png", columns=4)
+        alike = most_alike(images, run.images, mirrored=not run.config.no_flip)
+        save_grid(torch.cat([images, alike]), run.out / "samples" / "nearest.png", columns=4)
         plot_losses(run.epoch_losses, run.out / "samples" / "loss.png")

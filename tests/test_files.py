@@ -340,9 +340,37 @@ def test_a_disk_that_is_full(checkpoint, tiny_model, capsys):
 def test_weights_that_half_precision_cannot_hold(tiny_model, checkpoint, value):
     """Are not written: the file could not be loaded again."""
     torch.nn.init.constant_(tiny_model.model.down[0]["entry"].bias, value)
-    with pytest.raises(FloatingPointError, match="good.pth"):
+    with pytest.raises(OSError, match="good.pth.*finite"):
         tiny_model.save("good.pth")
+    assert Path("good.pth").read_bytes() == checkpoint and not list(Path().glob("*.tmp"))
+
+
+@pytest.mark.parametrize("value", [np.float64(0.1), np.int64(3), Path("a"), float("inf")])
+def test_what_loading_refuses_is_not_written(tiny_model, checkpoint, capsys, value):
+    """In `info`, and in the state of an optimiser: not hours later, but at once."""
+    with pytest.raises(OSError, match=f"good.pth.*{type(value).__name__}"):
+        tiny_model.save("good.pth", loss=value)
     assert Path("good.pth").read_bytes() == checkpoint
+
+    def optimizers(network, lr):
+        made = torch.optim.SGD(network.parameters(), lr)
+        made.param_groups[0]["note"] = value
+        return [made]
+    with pytest.raises(ValueError, match=type(value).__name__):
+        config = diffusion_model.TrainConfig(data="shapes", image_size=4, hidden_channels=2, limit=8)
+        diffusion_model.train(config, optimizers)
+    assert not Path("training_state.pth").exists()
+
+
+def test_files_are_read_onto_the_cpu_and_without_code(checkpoint, monkeypatch):
+    """Whatever device they were written on, and whatever a pickle may ask for."""
+    given = []
+    real = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: given.append(options) or real(path, **options))
+    SimpleDiffusion.load("good.pth", "cpu")
+    diffusion_model.main(RUN)
+    diffusion_model.main([*RUN, "--epochs", "2"])                           # reads the state
+    assert len(given) > 2 and all(options == dict(map_location="cpu", weights_only=True) for options in given)
 
 
 @pytest.mark.parametrize("options", [{}, dict(class_names=["a", "b"]), dict(schedule="cosine", prediction="noise"),
@@ -505,10 +533,13 @@ def test_data_that_is_not_there(capsys, monkeypatch):
     assert not Path("training_state.pth").exists()
 
 
-def test_cifar10(monkeypatch):
-    """Pixels (N, 32, 32, 3) become (N, 3, 32, 32); limit takes the first; other sizes are resized."""
+def test_cifar10(monkeypatch, capsys):
+    """Pixels (N, 32, 32, 3) become (N, 3, 32, 32); limit takes the first; other sizes are resized.
+
+    What a slow download can be replaced by is said before it begins, and only then.
+    """
     class Fake:
-        classes = ["airplane", "automobile"]
+        classes, url = ["airplane", "automobile"], "https://example.org"
 
         def __init__(self, root, train, download):
             assert Path(root).name == "data" and train and download
@@ -518,8 +549,11 @@ def test_cifar10(monkeypatch):
     images, labels, class_names = load_images("cifar10", limit=3)
     assert images.dtype == torch.uint8 and labels.tolist() == [1, 0, 1] and class_names == Fake.classes
     assert np.array_equal(images.permute(0, 2, 3, 1), Fake("data", True, True).data[:3])
+    assert "curl -C -" in capsys.readouterr().out
+    Path("data/cifar-10-batches-py").mkdir(parents=True)
     small = load_images("cifar10", 16, limit=3)[0]
     assert small.shape == (3, 3, 16, 16) and (small.float().mean() - images.float().mean()).abs() < 1
+    assert capsys.readouterr().out == ""
 
 
 def test_the_real_cifar10():

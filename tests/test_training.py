@@ -53,6 +53,9 @@ def child(folder, flags, environment):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     torch.set_num_threads(1)
+    if "STOP_IN_STEP" in environment:
+        with pytest.MonkeyPatch.context() as patch, stopped_in_step(int(environment["STOP_IN_STEP"]), patch):
+            sys.exit(train(*flags))
     sys.exit(train(*flags))
 
 
@@ -133,16 +136,19 @@ def test_killed_at_random_moments(tmp_path, longer, seed):
 
 @pytest.mark.parametrize("dropout", [0, 0.3])
 def test_stopped_after_every_single_step(here, monkeypatch, capsys, dropout):
-    """Ctrl-C and SIGTERM in turn, within an epoch too: 130 and 143, a word how to go on, the bits of a whole run."""
+    """Ctrl-C and SIGTERM in turn, within an epoch too: 130 and 143, a word how to go on, the bits of a whole run.
+
+    In the last step there is nothing left to stop.
+    """
     flags, handler = ("--limit", 100, "--dropout", dropout), signal.getsignal(signal.SIGINT)  # three steps an epoch
     assert train(*flags, "--out", "whole") == 0
     for step, number in enumerate([signal.SIGINT, signal.SIGTERM] * 3, start=1):
         capsys.readouterr()
         with monkeypatch.context() as patch:
             spy(patch.setattr, TrainingRun, "train_step", lambda run: os.kill(os.getpid(), number))
-            assert train(*flags) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+            assert train(*flags) == (0 if step == 6 else 130 if number == signal.SIGINT else 143)
         lines = capsys.readouterr().out.splitlines()
-        assert f"step {step} of 6" in lines[-1] and "same command" in lines[-1]
+        assert (f"step {step} of 6" in lines[-1] and "same command" in lines[-1]) != (step == 6)
         assert step == 1 or (lines[0].startswith("going on") and f"step {step - 1} " in lines[0])
     assert same(state(), state("whole"))
     assert signal.getsignal(signal.SIGINT) is handler  # as it was before
@@ -261,9 +267,19 @@ def test_what_a_run_leaves(whole):
     assert info.pop("sha256") == hashlib.sha256((whole / "diffusion_model.pth").read_bytes()).hexdigest()
     assert INFO <= info.keys() and info == saved["info"] and info["images_seen"] == 512 and info["epochs"] == 2
     out = (whole / "out").read_text()
-    for word in ("cpu", "parameters", "256 images", str(whole), "epoch   2/2", "inference_example.py"):
+    draw = f"python inference_example.py --checkpoint {whole / 'diffusion_model.pth'}"
+    for word in ("cpu", "parameters", "256 images", str(whole), "epoch   2/2", draw):
         assert word in out
     assert (whole / "err").read_text() == "" and "\r" not in out
+
+
+def test_a_log_file_hears_within_an_epoch(here, monkeypatch, capsys):
+    """Without a terminal: a line every five minutes."""
+    with monkeypatch.context() as patch:
+        steps_take(100, patch)
+        assert train("--epochs", 1) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["4/8", "8/8"] and "loss 0." in lines[0]
 
 
 def test_the_bar_of_a_terminal(here, monkeypatch, capsys):
@@ -400,6 +416,34 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_nothing(here, monkeypa
     assert train("--restart", "--lr", 1e30) == 2
     line = error_line(capsys)
     assert "step" in line and "--lr" in line and all(tensor.isfinite().all() for tensor in state()["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_too(here, monkeypatch, capsys):
+    """Where the loss of that step is as always."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, *args):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == 11:
+            parameters[3].grad.view(-1)[0] = math.inf
+        return clip(parameters, *args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    assert train() == 2 and "not finite at step 11" in error_line(capsys)
+
+
+def test_a_step_waits_for_no_number(here, monkeypatch):
+    """Nothing in a step asks a GPU for a value, which would make the two take turns."""
+    run = new_run(**CONFIG)
+    run.train_step()
+
+    def wait(tensor, *_):
+        raise AssertionError("a step waits for the device")
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    run.train_step()
+    monkeypatch.undo()
+    assert len(run.fetch_losses()) == 2
 
 
 @pytest.mark.parametrize("total", [1, 2, 19, 100, 20_000])
@@ -639,6 +683,8 @@ def test_most_alike():
     data = torch.randint(256, (3000, 3, 8, 8), dtype=torch.uint8)
     images = torch.stack([data[2345], data[7].flip(2)]) / 255 + 0.05 * torch.randn(2, 3, 8, 8)
     assert torch.equal(support.most_alike(images, data), data[[2345, 7]] / 255)
+    alike = support.most_alike(images, data, mirrored=False)                # of letters a mirrored one is another
+    assert torch.equal(alike[0], data[2345] / 255) and not torch.equal(alike[1], data[7] / 255)
 
 
 def test_processes_wait_as_long_as_a_download_takes(monkeypatch):
@@ -697,12 +743,30 @@ def test_torchrun(tmp_path):
     assert first["written"] and not second["written"]
 
 
+def two_processes(tmp_path, *flags, **of_the_second):
+    """Start a run of two processes, as torchrun does; the environment of the second has more."""
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    own = ({}, of_the_second)
+    return [start(tmp_path / str(rank), *flags, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **own[rank])
+            for rank in (0, 1)]
+
+
+def test_two_processes_resume_to_the_bit(tmp_path):
+    """Stopped by a signal that one of them got: the same command then ends as if there had been none."""
+    for out, stops in (("whole", [{}]), ("stopped", [dict(STOP_IN_STEP="11"), {}])):
+        for stop in stops:
+            both = two_processes(tmp_path, "--out", tmp_path / out, **stop)
+            for process in both:
+                process.join(120)
+                assert process.exitcode == (143 if stop else 0), (tmp_path / "0" / "err").read_text()
+    assert "going on after step 11 " in (tmp_path / "0" / "out").read_text()
+    assert same(state(tmp_path / "stopped"), state(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("victim, number", [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM)])
 def test_one_of_two_processes_is_stopped(tmp_path, victim, number):
     """Killed: the other ends with an error instead of waiting for ever. SIGTERM: both stop, with the state saved."""
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    flags = ("--epochs", 100_000, "--sample-every", 100_000, "--out", tmp_path)
-    both = [start(tmp_path / str(rank), *flags, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+    both = two_processes(tmp_path, "--epochs", 100_000, "--sample-every", 100_000, "--out", tmp_path)
     try:
         deadline = time.monotonic() + 60
         while "epoch " not in (tmp_path / "0" / "out").read_text():
@@ -732,8 +796,7 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_machines_that_do_not_share_a_folder(tmp_path):
     """One process finds the state of a stopped run, the other, in a folder of its own, does not: both refuse."""
     finish(tmp_path / "0", "--epochs", 1)
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    both = [start(tmp_path / str(rank), RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+    both = two_processes(tmp_path)
     try:
         for rank, process in enumerate(both):
             process.join(60)
