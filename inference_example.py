@@ -17,7 +17,6 @@
 """
 import argparse
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -132,9 +131,7 @@ def draw(args):
         options["callback"] = lambda i, t, *pair: moments.append(to_uint8((torch.stack(pair) + 1) / 2).cpu())
         if count > BATCH or args.out.suffix == ".gif":
             raise ValueError(f"--denoising shows at most {BATCH} pictures; --out is the strip, the GIF goes beside it")
-    endings = ["_" + re.sub(r"[^\w-]+", "-", name) for name in names]       # a name from a file may hold / and ..
-    files = [f"{i:05d}{endings[label] if names else ''}.png" for i, label in enumerate(labels)]
-    single = SingleFiles(args.save_each, files, keep=count > GRID)
+    single = SingleFiles(args.save_each, [names[label] if names else None for label in labels], keep=count > GRID)
     started = time.monotonic()
     for batch in batches(model, labels, single.first, args.seed, **options):
         single.save(batch)
@@ -145,8 +142,10 @@ def draw(args):
     elif images:
         save_grid(torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size))
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
-    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
-          f"{len(model.diffusion.timesteps(args.sampler, args.steps))} steps, guidance {options['guidance']:g}")
+    steps = len(model.diffusion.timesteps(args.sampler, args.steps))
+    how_many = f"up to {steps}" if args.init_image else steps               # it skips those above --strength
+    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, {how_many} steps, "
+          f"guidance {options['guidance']:g}")
     gif = args.out.with_suffix(".gif") if args.denoising else None
     print("wrote", *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path))
 

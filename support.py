@@ -12,6 +12,7 @@ import json
 import math
 import operator
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -230,12 +231,16 @@ def most_alike(images, data, mirrored=True):
 
 
 class SingleFiles:
-    """Pictures in files of their own in `folder` (None: nowhere). keep: go on after those that are there already.
+    """Pictures in files of their own in `folder` (None: nowhere), named by number and class: 00012_cat.png.
 
+    classes: the name of the class of each, or None. keep: go on after those that are there already.
     Raises ValueError if pictures of other names are there; with keep, also if the last one was drawn in another way.
     """
 
-    def __init__(self, folder, names, keep):
+    def __init__(self, folder, classes, keep):
+        # A name comes from a file, which may be from anywhere: it could hold / and ..
+        endings = ["" if name is None else "_" + re.sub(r"[^\w-]+", "-", name) for name in classes]
+        names = [f"{i:05d}{ending}.png" for i, ending in enumerate(endings)]
         if keep and folder is None:
             raise ValueError(f"{len(names)} pictures are too many for one grid: add --save-each FOLDER, or draw fewer "
                              f"(-n, --class)")

@@ -122,12 +122,13 @@ def test_every_sampler(here):
 
 
 @pytest.mark.parametrize("checkpoint", ["diffusion_model.pth", "without_classes.pth"])
-def test_init_image_and_mask(here, checkpoint):
+def test_init_image_and_mask(here, capsys, checkpoint):
     """Strength 0 is the picture itself. Under a mask black is kept to the bit, white repainted; grey is the nearer."""
     picture = save_picture("init.png", (SIZE, SIZE, 3))
     start = ["--checkpoint", checkpoint, "--init-image", "init.png", "-n", 2]
     assert all(np.array_equal(image, picture) for image in draw_each(here / "zero", *start, "--strength", 0))
     images = draw_each(here / "some", *start, "--strength", 0.5, "--steps", 10)
+    assert "up to 10 steps" in capsys.readouterr().out                      # it made five of them
     assert not np.array_equal(images[0], picture) and not np.array_equal(images[0], images[1])
 
     mask = np.zeros((SIZE, SIZE), np.uint8)
