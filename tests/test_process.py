@@ -324,6 +324,7 @@ def test_timesteps_even_in_lambda(steps, schedule, n_steps):
     assert seen[0] == n_steps - 1 if schedule == "linear" else seen[0] == (lambdas >= -5.1).nonzero().max()
 
 
+@pytest.mark.filterwarnings("ignore:x_T is not noise")  # of one step
 @pytest.mark.parametrize("sampler, n_steps, expected", [("ddpm", 1000, 1000), ("ddim", 1000, 50), ("dpm++", 1000, 20),
                                                         ("ddpm", 1, 1), ("ddim", 10, 10), ("dpm++", 1, 1)])
 def test_default_steps(sampler, n_steps, expected):
