@@ -715,8 +715,6 @@ class TrainConfig:
     restart: bool = option(False, "begin again, even where a stopped run could go on")
 
     def __post_init__(self):
-        if support is None:
-            raise ImportError("training needs support.py beside diffusion_model.py, and torch 2.9 or newer")
         support.check_options(self)
 
 

@@ -634,7 +634,7 @@ class Report:
 
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
-        little = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 else ""
+        hint = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 else ""
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
@@ -646,7 +646,7 @@ class Report:
             f"network   {count_parameters(network) / 1e6:.1f} M parameters, {classes}\n"
             f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide\n"
             f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}, "
-            f"learning rate {config.lr:g}{little}\n"
+            f"learning rate {config.lr:g}{hint}\n"
             f"files     {run.out}")
 
     def tensorboard_writer(self):
@@ -685,10 +685,11 @@ class Report:
         if time.monotonic() - self.shown > (1 if terminal else 300):
             self.shown = time.monotonic()
             recent = run.fetch_losses()[-100:]
+            loss = f"{sum(recent) / len(recent):.4f}"
             if terminal:
-                self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+                self.bar.set_postfix(loss=loss)
             else:
-                run.processes.say(f"step {run.step}/{run.total_steps}  loss {sum(recent) / len(recent):.4f}")
+                run.processes.say(f"step {run.step}/{run.total_steps}  loss {loss}")
 
     def epoch(self, losses):
         """A line for the epoch that has ended; every few epochs, and after the last, samples and an export."""
