@@ -4,7 +4,8 @@
     python inference_example.py      draws pictures from diffusion_model.pth
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own   on your pictures
 
-Give the same command again to resume an interrupted run. All flags: --help. From Python:
+Give the same command again to resume an interrupted run. All flags: --help. The released weights are those of the
+first command, after 15 hours on two CPU cores (AMD EPYC): Frechet distance 8.17 (README.md: How good). From Python:
 
     from diffusion_model import SimpleDiffusion
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
@@ -64,8 +65,10 @@ def has_bfloat16(device):
     """Whether bfloat16 is known to be fast: on CUDA GPUs and x86 CPUs that have it; elsewhere it can be slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}    # torch 2.9 lacks it
-    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):     # torch 2.9 lacks it
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return False
 
 
 def autocast(device):
@@ -539,7 +542,7 @@ def aim_ahead(process, now, before, denoise):
 SAMPLERS = {
     "ddpm": Sampler(None, "t", 1.0),                    # Ho et al. 2020, Algorithm 2
     "ddim": Sampler(50, "t", 0.0),                      # Song et al. 2021
-    "dpm++": Sampler(20, "lambda", 0.0, aim_ahead),     # DPM-Solver++(2M), Lu et al. 2022
+    "dpm++": Sampler(13, "lambda", 0.0, aim_ahead),     # DPM-Solver++(2M), Lu et al. 2022
 }
 
 
@@ -597,9 +600,7 @@ class SimpleDiffusion(nn.Module):
         weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
         contents = dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
                         model_state_dict=weights, image_size=self.image_size, class_names=self.class_names)
-        with replacing(path) as temporary:
-            check_contents(contents)  # float16 may not hold the weights; `load` would refuse numpy's numbers
-            torch.save(contents, temporary)
+        write(contents, path)
 
     @classmethod
     def load(cls, path="diffusion_model.pth", device=None):
@@ -620,14 +621,14 @@ class SimpleDiffusion(nn.Module):
         return model.to(device, torch.float32, memory_format=memory_format(device)).eval()
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path; it takes the place of `path` once all of it is on the disk. Errors are OSErrors."""
+def write(contents, path):
+    """torch.save, but `path` keeps what it held until all of the new is on the disk. Any error is an OSError."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        check_contents(contents)  # what `reading` would refuse must not replace a good file
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        torch.save(contents, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
         os.replace(temporary, path)
@@ -806,7 +807,8 @@ class TrainingRun:
             torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is, with a warning
             self.loss_function = torch.compile(self.loss_function)
         self.step = 0                                                       # steps done
-        self.seconds = self.saved_at = 0.0                                  # time spent on them; at the last save
+        self.seconds = 0.0                                                  # the time they took
+        self.saved_at = 0.0                                                 # the same, at the last save
         self.order = None                                                   # of the images in this epoch
         self.losses = []                                                    # of each step of this epoch
         self.epoch_losses = []                                              # the mean of each finished epoch
@@ -859,10 +861,8 @@ class TrainingRun:
                      memory_format=str(memory_format(self.images.device)), step=self.step, seconds=self.seconds,
                      losses=self.fetch_losses(), epoch_losses=self.epoch_losses, images=len(self.images),
                      origin=self.origin, config=asdict(self.config))
-        check_contents(state)  # a state that `resume` would refuse must not replace a good one
         if self.processes.rank == 0:
-            with replacing(self.out / "training_state.pth") as temporary:
-                torch.save(state, temporary)
+            write(state, self.out / "training_state.pth")
         self.saved_at = self.seconds
 
     def resume(self):

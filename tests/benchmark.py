@@ -217,7 +217,8 @@ def report(found, options, parameters):
     print("\nsampling 16 images")
     print(line("1000 ancestral steps, float32", plain, "", theirs["count"],
                f"{fast / plain:.0f} times as fast (the steps timed, scaled to 1000)"))
-    print(line("this project, 20 steps of dpm++", fast, "", sampling["count"], ""))
+    steps = dm.SAMPLERS["dpm++"].steps
+    print(line(f"this project, {steps} steps of dpm++", fast, "", sampling["count"], ""))
     gpu = f", and {sampling['gpu_memory'] / 1e6:.0f} MB of the GPU's" if sampling["gpu_memory"] else ""
     print(f"\npeak memory of a process that loads the model and samples: {sampling['memory'] / 1e6:.0f} MB{gpu}")
 

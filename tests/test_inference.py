@@ -35,8 +35,8 @@ def close(a, b):
 
 
 def draw(*args, out="out.png"):
-    """Run the command line on the CPU, two steps unless told: -> the pixels of the grid."""
-    args = list(map(str, args)) if "--steps" in args else [*map(str, args), "--steps", "2"]
+    """Run the command line on the CPU, three steps unless told (guidance acts in the second): -> the grid."""
+    args = list(map(str, args)) if "--steps" in args else [*map(str, args), "--steps", "3"]
     inference_example.main([*args, "--device", "cpu", "--out", out])
     return pixels(out)
 
@@ -67,9 +67,9 @@ def test_without_flags(here):
     assert first.returncode == 0 and first.stderr == "", first.stderr
     out = here / "samples" / "generated.png"
     lines = first.stdout.splitlines()
-    assert len(lines) == 3 and lines[0].endswith("a, b, c") and "dpm++, 20 steps" in lines[1] and str(out) in lines[2]
+    assert len(lines) == 3 and lines[0].endswith("a, b, c") and "dpm++, 13 steps" in lines[1] and str(out) in lines[2]
     once = pixels(out)
-    grid = draw("--steps", 20, "--save-each", "each", out=str(out))
+    grid = draw("--steps", 13, "--save-each", "each", out=str(out))
     assert close(grid, once)  # the first may have been drawn on a GPU
     found = tiles(grid, 8)
     assert len(found) == 24
@@ -103,7 +103,8 @@ def test_class_rows(here):
     """Rows in the order of the names; `all` stands for all."""
     found = tiles(draw("--class", "c", "a", "-n", 2), 2)
     model = diffusion_model.SimpleDiffusion.load(device="cpu")
-    wanted = generate_images(model, 4, [2, 2, 0, 0], seed=0, steps=2, guidance=2.0, progress=False)
+    wanted = generate_images(model, 4, [2, 2, 0, 0], seed=0, steps=3, guidance=inference_example.GUIDANCE,
+                             guidance_interval=inference_example.INTERVAL, progress=False)
     wanted = support.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
     assert all(np.array_equal(a, b) for a, b in zip(found, wanted))
     assert np.array_equal(draw("--class", "all", "-n", 2), draw("--class", "a", "b", "c", "-n", 2))
@@ -192,7 +193,7 @@ def test_grid_of_training_is_what_inference_draws(here):
         **{key: value for key, value in TINY.items() if key != "time_dim"})
     model = diffusion_model.train(config)
     assert model.class_names
-    draw("--checkpoint", "run/diffusion_model.pth", "-n", 4, "--seed", 5, "--guidance", 1, "--steps", 20)
+    draw("--checkpoint", "run/diffusion_model.pth", "-n", 4, "--seed", 5, "--guidance", 1, "--steps", 13)
     assert np.array_equal(pixels("run/samples/epoch_0001.png"), pixels("out.png"))
     exported = diffusion_model.SimpleDiffusion.load("run/diffusion_model.pth", device="cpu")
     images = exported.sample(4, y=[0, 1, 2, 3], seed=5, progress=False)
@@ -249,7 +250,7 @@ def test_many_files_go_on_where_they_stopped(here, monkeypatch, capsys):
         there.append(len(list((here / "each").glob("*.png"))))
         return real(self, count, **options)
     monkeypatch.setattr(diffusion_model.SimpleDiffusion, "sample", sample)
-    ten = ["-n", "10", "--save-each", "each", "--steps", "2", "--device", "cpu", "--out", "grid.png"]
+    ten = ["-n", "10", "--save-each", "each", "--steps", "3", "--device", "cpu", "--out", "grid.png"]
     inference_example.main(ten)
     whole = {path.name: path.read_bytes() for path in (here / "each").iterdir()}
     assert len(whole) == 10 and sizes == [4, 4, 2] and there == [0, 4, 8] and not (here / "grid.png").exists()

@@ -325,7 +325,7 @@ def test_timesteps_even_in_lambda(steps, schedule, n_steps):
 
 
 @pytest.mark.filterwarnings("ignore:x_T is not noise")  # of one step
-@pytest.mark.parametrize("sampler, n_steps, expected", [("ddpm", 1000, 1000), ("ddim", 1000, 50), ("dpm++", 1000, 20),
+@pytest.mark.parametrize("sampler, n_steps, expected", [("ddpm", 1000, 1000), ("ddim", 1000, 50), ("dpm++", 1000, 13),
                                                         ("ddpm", 1, 1), ("ddim", 10, 10), ("dpm++", 1, 1)])
 def test_default_steps(sampler, n_steps, expected):
     """As documented, and no more than there are."""
