@@ -5,7 +5,7 @@
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own   on your pictures
 
 Give the same command again to resume an interrupted run. All flags: --help. The released weights are those of the
-first command, after 15 hours on two CPU cores (AMD EPYC): Frechet distance 8.17 (README.md: How good). From Python:
+first command: 15 hours on two CPU cores (AMD EPYC), 60 % of its pictures clear to anybody (README.md). From Python:
 
     from diffusion_model import SimpleDiffusion
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
@@ -116,7 +116,7 @@ def time_embedding(t, width):
     half = (width + 1) // 2                                                 # rounded up: width may be odd
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies           # (B, half); in bfloat16 neighbouring timesteps would be equal
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]                # which comes first is all the same
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]                # their order does not matter
 
 
 def divisors(n, limit):
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
         # Each of the three is (B, heads, HW, C / heads).
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: the fused one's backward is slower
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: fused, its backward is slower there
             h = ((q.shape[-1] ** -0.5 * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:  # contiguous: on MPS permuted ones gave wrong results without an error
             h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
@@ -196,7 +196,7 @@ class SimpleUNet(nn.Module):
     def __init__(self,
                  in_channels=3,
                  hidden_channels=64,
-                 channel_mults=(1, 2, 2),       # level i has hidden_channels * channel_mults[i], works at H / 2**i
+                 channel_mults=(1, 2, 2),       # level i: hidden_channels * channel_mults[i] channels, at H / 2**i
                  num_res_blocks=2,              # of each level, down and again up: one number, or one for each
                  attention_levels=None,         # where each pixel looks at all others; None: the last level
                  num_heads=None,                # of the attention; None: 4, or fewer where 4 does not divide
@@ -284,7 +284,7 @@ class SimpleUNet(nn.Module):
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     """beta of each step x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64, below 1."""
-    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is noise for every n_steps
+    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is noise for others, too
         betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
         u = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")  # the paper's t / T; its s is 0.008
@@ -304,7 +304,7 @@ class DiffusionModel(nn.Module):
     prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
     t_distribution: which timesteps training draws: "uniform" (Algorithm 1), or "lognormal": those around the noise
     levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
-    Timesteps count from 0: t = 0 is the papers' t = 1; t = -1 is the clean image: x_start if given, x_0 if estimated.
+    Timesteps count from 0: t = 0 is the papers' t = 1. t = -1 is the clean image: x_0, or as an argument x_start.
     alpha^2 is alphas_cumprod, the product of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., alpha^2 in DDIM.)
     """
 
@@ -332,7 +332,7 @@ class DiffusionModel(nn.Module):
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
             lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,      # log(alpha / sigma): lambda in Lu et al.
-            betas=betas, alphas_cumprod=alphas_cumprod,                     # the usual names, as is the next
+            betas=betas, alphas_cumprod=alphas_cumprod,                     # for your own loops, as is the next
             posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),   # eq. 7; 0 at t = 0
         )
         for name, table in tables.items():
@@ -340,9 +340,9 @@ class DiffusionModel(nn.Module):
 
     def alpha_sigma(self, t):
         """The factors in x_t = alpha * x_0 + sigma * noise: t an int or (B,) -> two (B, 1, 1, 1). t = -1: 1 and 0."""
-        alphas = F.pad(self.sqrt_alphas_cumprod, (0, 1), value=1.0)         # index -1 reaches the entry added here
-        sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (0, 1), value=0.0)
-        return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
+        alphas = F.pad(self.sqrt_alphas_cumprod, (1, 0), value=1.0)         # in front: t = -1. So t = n_steps is an
+        sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (1, 0), value=0.0)       # error, not the clean image
+        return alphas[t + 1].view(-1, 1, 1, 1), sigmas[t + 1].view(-1, 1, 1, 1)
 
     # ---- Training: Algorithm 1
 
@@ -407,7 +407,7 @@ class DiffusionModel(nn.Module):
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Not the network's own noise: where x_0 was clipped or extrapolated, only this one and x_0 add up to x_t.
+        # Not the noise that the network predicts: where x_0 was clipped or extrapolated, that would not give x_t back.
         noise = (x_t - alpha_t * x_0) / sigma_t                             # eq. 4, solved for the noise
         # The beta of the whole way from s to t, 1 - (alpha_t / alpha_s)^2, written so that it is accurate when small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
@@ -456,7 +456,7 @@ class DiffusionModel(nn.Module):
         if init_image is not None and strength == 0:
             return init_image.clone()
         draw_noise = noise_of_seeds(shape, seed, device)
-        noise = draw_noise()  # even where x_T is given: x_T may be this very noise, and the first z must be another
+        noise = draw_noise()  # drawn even where x_T is given: if x_T is this noise, the first z must not be it again
         x_t = noise if x_T is None else x_T                                 # Algorithm 2, line 1
         if init_image is not None:
             highest = strength * self.n_steps + 1e-6                        # 0.29 * 100 is 28.999...
@@ -490,8 +490,8 @@ class DiffusionModel(nn.Module):
             if value is None:
                 return None
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
-            fits = value.ndim <= len(wanted) and all(m in (1, n) for m, n in zip(value.shape[::-1], wanted[::-1]))
-            if not fits or (name != "mask" and value.shape != torch.Size(wanted)):     # only a mask is broadcast
+            expands = value.ndim <= len(wanted) and all(m in (1, n) for m, n in zip(value.shape[::-1], wanted[::-1]))
+            if value.shape != torch.Size(wanted) and not (name == "mask" and expands):      # only a mask is broadcast
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
             if not low <= value.min() <= value.max() <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}")
@@ -510,7 +510,7 @@ class DiffusionModel(nn.Module):
 
 
 class Step(NamedTuple):
-    """One step of sampling, from timestep t to s < t: x_t, and the network's estimate of the clean image x_0 in it."""
+    """A step of sampling, the first arguments of DiffusionModel.step: x_t, the estimate x_0 from it, t, and s < t."""
     x_t: torch.Tensor
     x_0: torch.Tensor
     t: int
@@ -522,10 +522,10 @@ class Sampler(NamedTuple):
     steps: int          # how many by default; None: n_steps
     even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
     eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
-    # aim(process, now, before, denoise) -> the clean image to head for; the last step (s = -1) heads for now.x_0.
-    # before: the last Step, or None. denoise(x_t, t) -> x_0: one more call of the network. Heun's method makes one at
-    # the end of the step, end = denoise(process.step(*now), now.s), and follows the mean of the noise here and there:
-    # now.x_0 + (end - now.x_0) * exp(lambda_s - lambda_t) / 2 (Karras et al. 2022, Algorithm 1).
+    # aim(process, now, before, denoise) -> the clean image to head for. It is not asked in the last step (s = -1).
+    # now, before: this Step and the last (or None). denoise(x_t, t) -> x_0: one more call of the network. An example,
+    # Heun's method (Karras et al. 2022, Algorithm 1): end = denoise(process.step(*now), now.s), the x_0 at s, then
+    # now.x_0 + (end - now.x_0) * exp(lambda_s - lambda_t) / 2, which steps along the mean of the noise at t and at s.
     aim: Callable = lambda process, now, before, denoise: now.x_0
 
 
@@ -584,14 +584,14 @@ class SimpleDiffusion(nn.Module):
     @property
     def network(self):  # an attribute would put the weights into the state dict twice; _orig_mod: of torch.compile
         return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)
-    model = network  # as DiffusionModel names it
+    model = network  # its name in DiffusionModel
 
     def forward(self, x, y=None, t=None, noise=None):
         """The training loss: x (B, C, S, S) in [-1, 1], y (B,) int64 or None -> scalar. t and noise: drawn if None."""
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """Draw images: (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample; init_image in [-1, 1]."""
+        """-> images (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample; images there: [-1, 1]."""
         shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
@@ -611,7 +611,7 @@ class SimpleDiffusion(nn.Module):
                        for name, tensor in saved["model_state_dict"].items()}
             if "stem.weight" in weights:
                 raise ValueError("it is from this project's first release, whose network had other parts")
-            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):  # building takes long
+            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):  # or building never ends
                 raise ValueError("it claims more blocks than it holds weights")
             with torch.device("meta"):  # the file can claim any size: memory is only taken for the weights it holds
                 model = cls(**config, **saved["diffusion_config"], image_size=saved["image_size"],
@@ -641,7 +641,7 @@ def write(contents, path):
 
 @contextlib.contextmanager
 def reading(path, remedy="give a diffusion_model.pth"):
-    """Yield what torch.save wrote to `path`. Any error in reading it or in the block is a ValueError that names it."""
+    """Yield what torch.save wrote to `path`. If it is damaged or does not fit the block: ValueError with the path."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -758,7 +758,7 @@ def make_optimizers(network, lr):
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases, ...
-    # match_rms_adamw: updates as large as AdamW's would be, so that the two rates are of one size.
+    # match_rms_adamw makes the updates about as large as AdamW's: so one lr serves both, 0.4 * lr for AdamW.
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
@@ -807,10 +807,10 @@ class TrainingRun:
             torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is, with a warning
             self.loss_function = torch.compile(self.loss_function)
         self.step = 0                                                       # steps done
-        self.seconds = 0.0                                                  # the time they took
-        self.saved_at = 0.0                                                 # the same, at the last save
+        self.seconds = 0.0                                                  # of training so far
+        self.saved_at = 0.0                                                 # `seconds` at the last save
         self.order = None                                                   # of the images in this epoch
-        self.losses = []                                                    # of each step of this epoch
+        self.losses = []                                                    # of this epoch's steps, in this process
         self.epoch_losses = []                                              # the mean of each finished epoch
 
     def batch(self, index):
@@ -823,7 +823,7 @@ class TrainingRun:
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)  # of step and rank
+        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)  # for flips, t, noise
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
         with autocast(x.device):
@@ -893,7 +893,7 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        if state["memory_format"] == str(memory_format(self.images.device)):  # else Muon's matrices have other columns
+        if state["memory_format"] == str(memory_format(self.images.device)):  # else anew: Muon's columns are elsewhere
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
 

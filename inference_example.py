@@ -12,7 +12,7 @@
     python inference_example.py -n 50000 --save-each FOLDER        single files, to measure; goes on where it stopped
     python inference_example.py --class dog --init-image FILE --strength 0.6     redraw a picture; 0 leaves it alone
     python inference_example.py --class dog --init-image FILE --mask FILE        repaint it where the mask is white
-    python inference_example.py --class horse --interpolate 3 8    from the picture of seed 3 to that of seed 8
+    python inference_example.py --class horse --interpolate 3 8    from the picture of seed 3 to that of 8 (not ddpm)
     python inference_example.py --denoising                        from noise to picture, strip and GIF: x_t above x_0
 """
 import argparse
@@ -99,7 +99,7 @@ def layout(args, names):
     unknown = [name for name in args.classes if name not in [*names, "all"]]
     if unknown or args.classes == []:
         raise ValueError(f"{' '.join(['--class', *unknown])}: the classes are {', '.join(names) or 'none'}, or all")
-    if not rows and (args.interpolate or not (args.n or args.denoising)):
+    if not rows and (args.interpolate or not (args.n or args.denoising)):   # neither --class nor a number: a row each
         rows = names
     if rows:
         n = args.n or (1 if args.denoising else max(1, min(8, GRID // len(rows))))
@@ -140,7 +140,7 @@ def draw(args):
             images.extend(batch)
     if args.denoising:
         save_denoising(moments + [to_uint8(torch.stack([batch, batch]))], args.out)
-    elif images:
+    elif images:  # enlarged: a picture to at most 128 pixels, a row to about 800
         save_grid(torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size))
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
     steps = len(model.diffusion.timesteps(args.sampler, args.steps))

@@ -527,3 +527,12 @@ def test_mask(sampler, strength):
     for x_t, t in process.model.calls:
         z = ((x_t - alphas[t] * image) / sigmas[t])[..., :16]
         assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1, t
+
+
+def test_timesteps_end_before_n_steps():
+    """Counted from 1, as papers do, the last would be n_steps: an error, not the clean image of t = -1."""
+    process = DiffusionModel(Stub(lambda x, t: x), n_steps=10)
+    image = torch.ones(1, 3, 4, 4)
+    with pytest.raises(IndexError):
+        process.q_sample(image, torch.tensor([10]))
+    assert torch.equal(process.q_sample(image, torch.tensor([-1])), image)
