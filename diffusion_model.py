@@ -5,7 +5,7 @@
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own   on your pictures
 
 Give the same command again to resume an interrupted run. All flags: --help. The released weights are those of the
-first command: 15 hours on two CPU cores (AMD EPYC), 60 % of its pictures clear to anybody (README.md). From Python:
+first command: 15 hours on two CPU cores (AMD EPYC); how good they are is measured in README.md. From Python:
 
     from diffusion_model import SimpleDiffusion
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
