@@ -1,24 +1,25 @@
-"""Train a diffusion model on CIFAR-10 and draw pictures with it, in one file.
+"""A diffusion model for CIFAR-10 in one readable file: network, process, samplers and training.
 
-    python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, and pictures to samples/
+    python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, samples/
     python inference_example.py      draws pictures from diffusion_model.pth
-    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own   on your pictures
+    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own
 
-Give the same command again to resume an interrupted run. All flags: --help. The released weights are those of the
-first command: 15 hours on two CPU cores (AMD EPYC); how good they are is measured in README.md. From Python:
+The third trains on your own pictures. The same command again resumes an interrupted run; --help lists all
+flags. The released weights are those of the first: 15 hours on two CPU cores (AMD EPYC). From Python:
 
     from diffusion_model import SimpleDiffusion
-    images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)      # (10, 3, 32, 32) in [0, 1]
+    images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)  # (10, 3, 32, 32) in [0, 1]
 
-The parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn), 3 both in one
-model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied. What surrounds training (data,
-pictures, the command line) is in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
+Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn), 3 both in
+one model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied. Data, pictures and
+flags are in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
 
-Where no paper is named, equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
-(arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502:
-DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Karras et al. 2022
-(2206.00364: which noise levels to train on), Lu et al. 2022 (2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024
-(2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time embedding), Jordan et al. 2024 (Muon).
+Equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models (arXiv
+2006.11239), where no other paper is named: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et
+al. 2021 (2010.02502: DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022
+(2207.12598: guidance), Karras et al. 2022 (2206.00364: noise levels to train on), Lu et al. 2022
+(2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024 (2404.07724: guidance interval), Vaswani et al. 2017
+(1706.03762: time embedding), Jordan et al. 2024 (Muon).
 """
 import contextlib
 import math
@@ -34,45 +35,45 @@ import torch.nn.functional as F
 
 # What follows is needed in part 4 only.
 import copy
-import inspect
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 
 try:
     import support
-    from support import flag_of, from_uint8, load_images
-except ImportError:
-    support = None  # copied alone, or torch is older than 2.9: parts 0 to 3 can do without
+    from support import load_images
+except ImportError as error:  # this file was copied alone, or torch is older than 2.9
+    support = None
+    no_support = f"training needs support.py beside this file, and torch 2.9 or newer ({error})"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 0. The machine: device, bfloat16, progress bar
 
 
 def pick_device(name=None):
-    """MPS, then CUDA, then CPU. Given a name, that device, or a ValueError if it is not available."""
+    """MPS, then CUDA, then CPU. With a name: that device, or ValueError if it is not available."""
     if name is None:
         best = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(best)
     try:
-        torch.zeros(1, device=name).tolist()  # try it: torch accepts names of devices that are not there
+        torch.zeros(1, device=name).tolist()  # torch accepts names of devices that are not there
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} is not available ({brief(error)}): name another, or none") from None
+        raise ValueError(f"device {name} is not available ({brief(error)}): name another") from None
 
 
 def has_bfloat16(device):
-    """Whether bfloat16 is known to be fast: on CUDA GPUs and x86 CPUs that have it; elsewhere it can be slow."""
+    """Whether bfloat16 is known to be fast: on CUDA GPUs and x86 CPUs that have it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):     # torch 2.9 lacks it
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 lacks it
         found = torch.cpu.get_capabilities()
         return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     return False
 
 
 def autocast(device):
-    """bfloat16 for convolutions and matrix products, where it is fast. Never float16, which needs loss scaling."""
+    """bfloat16, where fast, for convolutions and matrices. Never float16: it needs loss scaling."""
     return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else contextlib.nullcontext()
 
 
@@ -84,7 +85,7 @@ def memory_format(device):
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """Put `module` in eval mode (no dropout) for the block; afterwards each of its parts is back in its own mode."""
+    """Put `module` in eval mode (no dropout) for the block; then each part back in its own mode."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -95,7 +96,7 @@ def eval_mode(module):
 
 
 def progress_bar(steps, show):
-    """Wrap `steps` in a progress bar if `show` is set and tqdm is installed (parts 0 to 3 need torch alone)."""
+    """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
         return tqdm(steps, disable=not show, desc="sampling", leave=False)
@@ -107,26 +108,26 @@ def brief(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. The U-Net: time embedding, attention, residual block, SimpleUNet
 
 
 def time_embedding(t, width):
-    """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) in 0..n_steps-1 -> (B, width) float32."""
-    half = (width + 1) // 2                                                 # rounded up: width may be odd
+    """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) -> (B, width) float32."""
+    half = (width + 1) // 2  # rounded up: width may be odd
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angles = t.float()[:, None] * frequencies           # (B, half); in bfloat16 neighbouring timesteps would be equal
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]                # their order does not matter
+    angles = t.float()[:, None] * frequencies  # (B, half); in bfloat16 neighbours would be equal
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]  # their order does not matter
 
 
 def divisors(n, limit):
-    """The whole numbers up to `limit` that divide n: into how many equal parts n channels can be split."""
+    """The divisors of n up to `limit`, smallest first."""
     return [k for k in range(1, limit + 1) if n % k == 0]
 
 
 def group_norm(channels):
-    """GroupNorm of up to 32 groups of at least 16 channels, or one group: smaller groups are slow in bfloat16."""
-    return nn.GroupNorm(max(divisors(channels, min(32, max(1, channels // 16)))), channels)
+    """GroupNorm of up to 32 groups of 16 channels or more: smaller ones are slow in bfloat16."""
+    return nn.GroupNorm(max(divisors(channels, min(32, channels // 16)), default=1), channels)
 
 
 def zero_init(layer):
@@ -137,7 +138,7 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention between the pixels of an image, added to it: (B, C, H, W) -> (B, C, H, W)."""
+    """Multi-head self-attention between the pixels of an image: x (B, C, H, W) -> like x."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
@@ -150,19 +151,19 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (B, HW, C): a view where channels_last
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): a view where channels_last
         # Each of the three is (B, heads, HW, C / heads).
         q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # written out: fused, its backward is slower there
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # the fused backward is slower there
             h = ((q.shape[-1] ** -0.5 * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         else:  # contiguous: on MPS permuted ones gave wrong results without an error
             h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
-        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))                # the heads side by side again
+        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))  # the heads side by side again
         return x + h.transpose(1, 2).view(B, C, H, W)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, between which time and class scale and shift the features; then attention if num_heads > 0.
+    """Two convolutions, between which time and class scale and shift the features; then attention, if any.
 
     forward(x, emb): x (B, channels, H, W), emb (B, time_dim) -> (B, channels, H, W)
     """
@@ -171,16 +172,16 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = group_norm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale_shift = nn.Linear(time_dim, 2 * channels)                # one of each for every channel
+        self.scale_shift = nn.Linear(time_dim, 2 * channels)  # one of each for every channel
         self.norm2 = group_norm(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
         self.attention = Attention(channels, num_heads) if num_heads else nn.Identity()
 
     def forward(self, x, emb):
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)      # (B, channels, 1, 1) each
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
         h = self.conv1(F.silu(self.norm1(x)))
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)                  # shift + norm * (1 + scale), in one pass
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)  # shift + norm * (1 + scale), fused
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(x + h)
 
@@ -188,29 +189,29 @@ class ResidualBlock(nn.Module):
 class SimpleUNet(nn.Module):
     """The network: noisy images and their timesteps in, a prediction of the same shape out.
 
-    forward(x, t, y=None): x (B, in_channels, H, W), t (B,) int64 in 0..n_steps-1, y (B,) int64 or None -> like x.
-    Label num_classes is the null label ("no class"); y=None means null for every image. Raises ValueError if H or W is
-    not a multiple of 2**(levels - 1), or if labels are given to a network without classes.
+    forward(x, t, y=None): x (B, in_channels, H, W), t (B,) int64 in 0..n_steps-1, y (B,) int64 -> like x.
+    Label num_classes is the null label ("no class"); y=None means null for every image. Raises ValueError if
+    H or W is not a multiple of 2**(levels - 1), or if labels are given to a network without classes.
     """
 
     def __init__(self,
                  in_channels=3,
                  hidden_channels=64,
-                 channel_mults=(1, 2, 2),       # level i: hidden_channels * channel_mults[i] channels, at H / 2**i
-                 num_res_blocks=2,              # of each level, down and again up: one number, or one for each
-                 attention_levels=None,         # where each pixel looks at all others; None: the last level
-                 num_heads=None,                # of the attention; None: 4, or fewer where 4 does not divide
-                 time_dim=256,                  # channels of the embedding of time and class
-                 dropout=0.0,                   # share of the values dropped in each block while training
-                 num_classes=None):             # None: the network knows no classes
+                 channel_mults=(1, 2, 2),   # level i: hidden_channels * its entry, at size H / 2**i
+                 num_res_blocks=2,          # of a level, down and again up: one number, or one each
+                 attention_levels=None,     # where each pixel looks at all others; None: the last
+                 num_heads=None,            # of the attention; None: 4, or fewer if 4 won't divide
+                 time_dim=256,              # channels of the embedding of time and class
+                 dropout=0.0,               # share of the values dropped in a block while training
+                 num_classes=None):         # None: the network knows no classes
         super().__init__()
         last = len(channel_mults) - 1
         depths = [num_res_blocks] if isinstance(num_res_blocks, int) else list(num_res_blocks)
         depths = depths * len(channel_mults) if len(depths) == 1 else depths
         attention_levels = [last] if attention_levels is None else list(attention_levels)
-        self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, channel_mults=list(channel_mults),
-                           num_res_blocks=depths, attention_levels=attention_levels, num_heads=num_heads,
-                           time_dim=time_dim, dropout=dropout, num_classes=num_classes)
+        self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, num_res_blocks=depths,
+                           channel_mults=list(channel_mults), attention_levels=attention_levels,
+                           num_heads=num_heads, time_dim=time_dim, dropout=dropout, num_classes=num_classes)
         sizes = [in_channels, hidden_channels, time_dim, num_heads, num_classes, *depths, *channel_mults]
         if last < 0 or min(size for size in sizes if size is not None) < 1:
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
@@ -219,14 +220,16 @@ class SimpleUNet(nn.Module):
         self.num_classes = num_classes
         self.size_multiple = 2**last
         widths = [hidden_channels * mult for mult in channel_mults]
-        level_heads = [(num_heads or max(divisors(width, 4))) if level in attention_levels else 0
-                       for level, width in enumerate(widths)]
+        level_heads = [0] * len(widths)  # 0: no attention
+        for level in attention_levels:
+            level_heads[level] = num_heads or max(divisors(widths[level], 4))
 
         def blocks(width, heads_of_each):
-            return nn.ModuleList([ResidualBlock(width, time_dim, dropout, heads) for heads in heads_of_each])
+            return nn.ModuleList(ResidualBlock(width, time_dim, dropout, heads) for heads in heads_of_each)
 
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)  # + 1: null
+        # One row more than there are classes: the null label's.
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
         # On level 0 the entry reads the image and the exit writes it; on the others they halve and double the size.
         to_image = zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))
         entries = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
@@ -235,60 +238,61 @@ class SimpleUNet(nn.Module):
             entries.append(nn.Conv2d(above, below, 3, stride=2, padding=1))
             exits.append(nn.Sequential(nn.Conv2d(below, above, 1), nn.Upsample(scale_factor=2)))
         self.down = nn.ModuleList()
-        self.middle = blocks(widths[-1], [level_heads[-1], 0])              # 0: the second has no attention
-        self.up = nn.ModuleList()                                           # the last level first
-        for width, depth, heads, entry, way_out in zip(widths, depths, level_heads, entries, exits):
+        self.middle = blocks(widths[-1], [level_heads[-1], 0])
+        self.up = nn.ModuleList()  # the last level first
+        for width, depth, heads, entry, leave in zip(widths, depths, level_heads, entries, exits):
             self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
-            merges = nn.ModuleList([nn.Conv2d(2 * width, width, 1) for _ in range(depth)])  # 2: features and skip
-            self.up.insert(0, nn.ModuleDict(dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=way_out)))
+            merges = nn.ModuleList([nn.Conv2d(2 * width, width, 1) for _ in range(depth)])  # features and skip
+            self.up.insert(0, nn.ModuleDict(dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=leave)))
 
     def forward(self, x, t, y=None):
         if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
             raise ValueError(f"height and width must be multiples of {self.size_multiple}, got {tuple(x.shape[2:])}")
         if y is not None and self.num_classes is None:
             raise ValueError("labels y for a network without classes")
-        emb = self.time_mlp(time_embedding(t, self.config["time_dim"]))     # (B, time_dim)
+        emb = self.time_mlp(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
         if self.num_classes is not None:
             emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
-        emb = F.silu(emb)                                                   # here once, not in every block
+        emb = F.silu(emb)  # here once, not in every block
         # Shapes for the defaults at 32x32; where there are three, one for each pass of the loop.
         skips = []
         for level in self.down:
-            x = level["entry"](x)                               # (B, 64, 32, 32), (B, 128, 16, 16), (B, 128, 8, 8)
+            x = level["entry"](x)  # (B, 64, 32, 32), (B, 128, 16, 16), (B, 128, 8, 8)
             for block in level["blocks"]:
                 x = block(x, emb)
                 skips.append(x)
         for block in self.middle:
-            x = block(x, emb)                                               # (B, 128, 8, 8)
+            x = block(x, emb)  # (B, 128, 8, 8)
         for level in self.up:
             for merge, block in zip(level["merges"], level["blocks"]):
-                x = block(merge(torch.cat([x, skips.pop()], dim=1)), emb)   # the newest skip first
-            x = level["exit"](x)                                # (B, 128, 16, 16), (B, 64, 32, 32), (B, 3, 32, 32)
+                x = block(merge(torch.cat([x, skips.pop()], dim=1)), emb)  # the newest skip first
+            x = level["exit"](x)  # (B, 128, 16, 16), (B, 64, 32, 32), (B, 3, 32, 32)
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The diffusion process and its samplers: DiffusionModel
 #
-# Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and teach the
-# network to tell the two apart. The timestep t, drawn anew for each image, sets both factors: as it grows, alpha falls
-# from nearly 1 to nearly 0 and sigma = sqrt(1 - alpha^2) rises. So x_T, at the last timestep, is nearly pure noise.
-# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate with a
-# little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the estimate is the
-# mean of all images that x_t may have come from: the more noise there is, the more blurred is that mean.
+# Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and
+# teach the network to tell the two apart. The timestep t, drawn anew for each image, sets both factors: as it
+# grows, alpha falls from nearly 1 to nearly 0, and sigma = sqrt(1 - alpha^2) rises. x_T is nearly pure noise.
+# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate
+# with a little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the
+# estimate is the mean of all images that x_t may have come from: the more noise, the more blurred is that mean.
 #
-# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0: with x_t, either gives
-# x_0. From the noise that takes a division by alpha, 0.006 at the last t (linear schedule), which multiplies errors;
-# from v it takes none. v is nearly the noise at small t and nearly -x_0 at large t: whichever of the two x_t hides.
+# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0; with x_t, either
+# gives x_0. From the noise that takes a division by alpha (0.006 at the last t of the linear schedule), which
+# multiplies errors; from v, none. v is nearly the noise at small t and nearly -x_0 at large t: whichever x_t hides.
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
-    """beta of each step x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64, below 1."""
-    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is noise for others, too
-        betas = torch.linspace(beta_start, beta_end, n_steps, dtype=torch.float64, device="cpu") * (1000 / n_steps)
+    """beta of each step x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64 < 1."""
+    exact = dict(dtype=torch.float64, device="cpu")
+    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is always noise
+        betas = torch.linspace(beta_start, beta_end, n_steps, **exact) * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
-        u = torch.linspace(0, 1, n_steps + 1, dtype=torch.float64, device="cpu")  # the paper's t / T; its s is 0.008
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2               # f / f[0] is the product of the 1 - beta
+        u = torch.linspace(0, 1, n_steps + 1, **exact)  # the paper's t / T; its s is 0.008
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # f / f[0]: the product of 1 - beta
         betas = 1 - f[1:] / f[:-1]
     else:
         raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
@@ -298,157 +302,163 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
 class DiffusionModel(nn.Module):
     """The forward process q, the training loss and the reverse process p, around any network.
 
-    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64 are its
-    third argument, where they are given. For guidance, its attribute num_classes is the null label.
+    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64
+    are its third argument, where they are given. For guidance, its attribute num_classes is the null label.
     schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps.
-    prediction: what it predicts: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    t_distribution: which timesteps training draws: "uniform" (Algorithm 1), or "lognormal": those around the noise
+    prediction: of the network: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
+    t_distribution: of the timesteps in training: "uniform" (Algorithm 1), or "lognormal": those around the noise
     levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
-    Timesteps count from 0: t = 0 is the papers' t = 1. t = -1 is the clean image: x_0, or as an argument x_start.
-    alpha^2 is alphas_cumprod, the product of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., alpha^2 in DDIM.)
+
+    Timesteps count from 0: t = 0 is the papers' t = 1, and t = -1 stands for the clean image, which is called
+    x_start where it is given and x_0 where it is estimated. alpha^2 is alphas_cumprod, the product of 1 - beta
+    up to t. (alpha_t is 1 - beta_t in Ho et al., and our alpha^2 in DDIM.)
     """
 
-    def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", prediction="noise",
-                 t_distribution="uniform"):
+    def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear",
+                 prediction="noise", t_distribution="uniform"):
         super().__init__()
         if not (1 <= n_steps <= 100_000 and 1e-10 < beta_start <= beta_end < 1):
-            raise ValueError(f"n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, got {n_steps}, "
-                             f"{beta_start} and {beta_end}")
+            raise ValueError(f"n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, "
+                             f"got {n_steps}, {beta_start} and {beta_end}")
         if prediction not in ("noise", "v") or t_distribution not in ("uniform", "lognormal"):
-            raise ValueError(f"prediction must be noise or v, t_distribution uniform or lognormal, got {prediction!r} "
-                             f"and {t_distribution!r}")
+            raise ValueError(f"prediction must be noise or v, t_distribution uniform or lognormal, got "
+                             f"{prediction!r} and {t_distribution!r}")
         self.model = model
-        self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end, schedule=schedule,
-                           prediction=prediction, t_distribution=t_distribution)
+        self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end,
+                           schedule=schedule, prediction=prediction, t_distribution=t_distribution)
         self.n_steps = n_steps
-        # Computed in float64, as a thousand factors near 1 are multiplied, and on the CPU, as MPS has no float64.
+        # In float64, as a thousand factors near 1 are multiplied; on the CPU, as MPS has no float64.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)                    # alpha^2 (section 2, above eq. 4)
-        if alphas_cumprod[-1] < 1e-30:  # samplers divide by its root, which must not be 0 in float32
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # alpha^2 (section 2, above eq. 4)
+        if alphas_cumprod[-1] < 1e-30:  # its root, by which samplers divide, would be 0 in float32
             raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
         if alphas_cumprod[-1] > 0.01:
             warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end")
         tables = dict(
-            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),                      # alpha: the factor of the image in x_t
-            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),      # sigma: standard deviation of the noise
-            lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,      # log(alpha / sigma): lambda in Lu et al.
-            betas=betas, alphas_cumprod=alphas_cumprod,                     # for your own loops, as is the next
-            posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),   # eq. 7; 0 at t = 0
-        )
-        for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)     # not in files: config rebuilds them
+            betas=betas, alphas_cumprod=alphas_cumprod,
+            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha: the factor of the image in x_t
+            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma: that of the noise
+            lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,  # log(alpha / sigma)
+            posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod))  # eq. 7
+        for name, table in tables.items():  # not in the state dict: they follow from `config`
+            self.register_buffer(name, table.float(), persistent=False)
 
     def alpha_sigma(self, t):
-        """The factors in x_t = alpha * x_0 + sigma * noise: t an int or (B,) -> two (B, 1, 1, 1). t = -1: 1 and 0."""
-        alphas = F.pad(self.sqrt_alphas_cumprod, (1, 0), value=1.0)         # in front: t = -1. So t = n_steps is an
-        sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (1, 0), value=0.0)       # error, not the clean image
+        """The factors in x_t = alpha * x_0 + sigma * noise: t an int or (B,) -> two (B, 1, 1, 1)."""
+        # 1 and 0, of the clean image, come first: t = -1 finds them, and t = n_steps is an error.
+        alphas = F.pad(self.sqrt_alphas_cumprod, (1, 0), value=1.0)
+        sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (1, 0), value=0.0)
         return alphas[t + 1].view(-1, 1, 1, 1), sigmas[t + 1].view(-1, 1, 1, 1)
 
     # ---- Training: Algorithm 1
 
     def draw_timesteps(self, count):
-        """Timesteps to train on, stratified: -> (count,) int64, one in each of `count` equally likely ranges."""
+        """Timesteps to train on: -> (count,) int64, one in each of `count` equally likely ranges."""
         device = self.betas.device
-        # Each timestep is as likely as with independent draws, but the loss varies less from batch to batch.
+        # Stratified: each is as likely as if drawn alone, but the loss varies less between batches.
         quantiles = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
-        if self.config["t_distribution"] == "uniform":
-            return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)    # rounding can reach n_steps
-        # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8 (there -1.2) was the
-        # best of those tried (tests/MEASURED.md). Half of all uniform t of the linear schedule lie above sigma / alpha
-        # = 3.4, where little of the image can be seen.
-        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)    # the quantiles of that normal
-        midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2             # ln(sigma / alpha) between two timesteps
-        return torch.searchsorted(midpoints, wanted)                        # the timestep that is nearest to each
+        if self.config["t_distribution"] == "uniform":  # clamp, as rounding can reach n_steps
+            return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)
+        # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8
+        # (theirs: -1.2) was the best of those tried (tests/MEASURED.md). Half of all uniform t of
+        # the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
+        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+        midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2  # ln(sigma / alpha) between two t
+        return torch.searchsorted(midpoints, wanted)  # the timestep nearest to each
 
     def q_sample(self, x_start, t, noise=None):
-        """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W) in [-1, 1], t an int or (B,) -> like x_start."""
+        """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W), t an int or (B,) -> like x_start."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_start + sigma * noise
 
     def predict(self, x_t, t, y=None):
-        """The network's output, in float32. Without labels it gets no third argument, so that any network will do."""
+        """The network's output, in float32. Any network will do: without y it gets no third argument."""
         return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
 
     def forward(self, x_start, y=None, t=None, noise=None):
-        """The training loss (eq. 14; with v, its terms divided by alpha^2): x_start (B, C, H, W) in [-1, 1] -> scalar.
+        """The training loss (eq. 14; predicting v weights each term by 1 / alpha^2): -> scalar.
 
-        y: labels (B,) or None. t (B,) and noise, like x_start: drawn at random where None.
+        x_start: (B, C, H, W) in [-1, 1]. y: labels (B,) or None. t (B,) and noise, like x_start: drawn if None.
         """
-        t = self.draw_timesteps(len(x_start)) if t is None else t                         # Algorithm 1, line 3
-        noise = torch.randn_like(x_start) if noise is None else noise                     # line 4
-        x_t = self.q_sample(x_start, t, noise)                                            # line 5, in the brackets
+        t = self.draw_timesteps(len(x_start)) if t is None else t  # Algorithm 1, line 3
+        noise = torch.randn_like(x_start) if noise is None else noise  # line 4
+        x_t = self.q_sample(x_start, t, noise)  # line 5, in the brackets
         alpha, sigma = self.alpha_sigma(t)
-        target = noise if self.config["prediction"] == "noise" else alpha * noise - sigma * x_start
-        return F.mse_loss(self.predict(x_t, t, y), target)                                # line 5; backward() follows
+        target = alpha * noise - sigma * x_start if self.config["prediction"] == "v" else noise
+        return F.mse_loss(self.predict(x_t, t, y), target)  # line 5; backward() follows
 
     # ---- Sampling: Algorithm 2 and its shortcuts
 
     def predict_x_start(self, x_t, t, y=None, guidance=1.0):
-        """Estimate x_0 from x_t: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
+        """Estimate x_0: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # step away from "no class" (Ho and Salimans 2022, eq. 6; guidance is 1 + their w; for v it is the same)
+        else:  # step away from "no class": Ho and Salimans 2022, eq. 6, where guidance is 1 + w
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
             conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
         alpha, sigma = self.alpha_sigma(t)
-        if self.config["prediction"] == "noise":
-            x_0 = (x_t - sigma * prediction) / alpha                        # eq. 4, solved for x_0
+        if self.config["prediction"] == "v":
+            x_0 = alpha * x_t - sigma * prediction  # = (alpha^2 + sigma^2) * x_0
         else:
-            x_0 = alpha * x_t - sigma * prediction      # = (alpha^2 + sigma^2) * x_0; Salimans and Ho 2022, section 4
-        return x_0.clamp(-1, 1)  # not in Algorithm 2, but in Ho et al.'s code: later steps would magnify the error
+            x_0 = (x_t - sigma * prediction) / alpha  # eq. 4, solved for x_0
+        # Not in Algorithm 2, but in Ho et al.'s code: later steps would magnify what lies outside.
+        return x_0.clamp(-1, 1)
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
-        """Mix x_0 with the noise in x_t, as much of each as at s: -> x_s (Song et al. 2021, eq. 7; eta: eq. 16).
+        """Go from timestep t to s: x_s = alpha_s * x_0 + sigma_s * noise, with the noise in x_t.
 
-        x_0: the clean image to head for. t and s < t: ints or (B,) int64; s = -1 lands on x_0. eta: how much of the
-        noise is replaced by new_noise: 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (s = t - 1: Algorithm 2).
+        It is eq. 7 of Song et al. 2021. x_0: the clean image to head for. t and s < t: ints or (B,)
+        int64; s = -1 lands on x_0. eta: how much of the noise is replaced by new_noise (their eq.
+        16): 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (with s = t - 1: Algorithm 2).
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Not the noise that the network predicts: where x_0 was clipped or extrapolated, that would not give x_t back.
-        noise = (x_t - alpha_t * x_0) / sigma_t                             # eq. 4, solved for the noise
-        # The beta of the whole way from s to t, 1 - (alpha_t / alpha_s)^2, written so that it is accurate when small.
+        # Not the noise that the network predicted: it fits x_t no longer once x_0 is clipped or extrapolated.
+        noise = (x_t - alpha_t * x_0) / sigma_t  # eq. 4, solved for the noise
+        # 1 - (alpha_t / alpha_s)^2, the beta of the whole way from s to t, accurate where small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()          # the papers' sigma_t; eta 1: sqrt(posterior_variance)
+        spread = eta * sigma_s / sigma_t * beta.sqrt()  # eta 1: sqrt(posterior_variance)
         return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
-        """One ancestral step (Algorithm 2, lines 3, 4), for your own loops: x_t (B, C, H, W), t (B,) -> x_{t-1}."""
-        # Ho et al. give two variances (section 3.2). This is the posterior's: 0 at t = 0, so x_0 itself is returned.
-        return self.step(x_t, self.predict_x_start(x_t, t, y), t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
+        """One step of Algorithm 2 (lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}."""
+        x_0 = self.predict_x_start(x_t, t, y)
+        # Ho et al. give two variances (section 3.2). This is the posterior's: at t = 0 it is 0.
+        return self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
-        """The strictly decreasing list of timesteps that a sampler visits. The last step leads to the clean image."""
+        """The timesteps that a sampler visits, strictly decreasing. The last step leads to x_0."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         chosen = SAMPLERS[sampler]
         steps = min(chosen.steps or self.n_steps, self.n_steps) if steps is None else steps
         if not 1 <= steps <= self.n_steps:
-            raise ValueError(f"steps must be in 1..{self.n_steps}, the n_steps of this model, got {steps}")
+            raise ValueError(f"steps must be in 1..{self.n_steps} (n_steps), got {steps}")
+        exact = dict(dtype=torch.float64, device="cpu")
         if chosen.even_in == "t":
-            return torch.linspace(self.n_steps - 1, 0, steps, dtype=torch.float64, device="cpu").round().int().tolist()
+            return torch.linspace(self.n_steps - 1, 0, steps, **exact).round().int().tolist()
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
-        lambdas = self.lambdas.cpu().double()
+        lambdas = self.lambdas.to(**exact)
         # The noisiest timesteps of cosine show nothing of the image: begin at -5.1 (as that code does for all).
         start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
-        wanted = torch.linspace(start.item(), lambdas[0].item(), steps, dtype=torch.float64, device="cpu")
-        return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)   # none twice
+        wanted = torch.linspace(start.item(), lambdas[0].item(), steps, **exact)
+        return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)  # none twice
 
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
                strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
-        """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 (N, C, H, W) in [-1, 1].
+        """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 in [-1, 1].
 
-        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ merges equals); None: its default.
-        y: labels (N,); None: no class. guidance 1: as trained; above 1: more typical of the class, in twice the time.
-        guidance_interval: guide only where sigma / alpha is in this range (Kynkaanniemi et al. 2024).
-        seed: image i of the batch is what seed + i draws alone; None: random. torch's random state is not used.
-        init_image (N, C, H, W) in [-1, 1] and strength in 0..1: start from it, noised that far; 0 returns it.
+        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ merges equals); None: its own.
+        y: labels (N,); None: no class. guidance: 1: as trained; above 1: more typical of the class, in twice the
+        time; only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
+        seed: image i is drawn from seed + i, whatever the batch; None: random. torch's random state is not used.
+        init_image (N, C, H, W) in [-1, 1], strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
-        x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar. ValueError if options do not fit.
-        callback(i, t, x_t, x_0): called in step i with the images at timestep t and the estimate of x_0 from them.
+        x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar.
+        callback(i, t, x_t, x_0): called in step i, with the estimate x_0. ValueError if options do not fit.
         """
         device = self.betas.device
         y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
@@ -456,48 +466,51 @@ class DiffusionModel(nn.Module):
         if init_image is not None and strength == 0:
             return init_image.clone()
         draw_noise = noise_of_seeds(shape, seed, device)
-        noise = draw_noise()  # drawn even where x_T is given: if x_T is this noise, the first z must not be it again
-        x_t = noise if x_T is None else x_T                                 # Algorithm 2, line 1
+        noise = draw_noise()  # even where x_T is given: it may be this noise, and z must be another
+        x_t = noise if x_T is None else x_T  # Algorithm 2, line 1
         if init_image is not None:
-            highest = strength * self.n_steps + 1e-6                        # 0.29 * 100 is 28.999...
+            highest = strength * self.n_steps + 1e-6  # 0.29 * 100 is 28.999...
             timesteps = [t for t in timesteps if t <= highest] or [int(highest)]
             x_t = self.q_sample(init_image, timesteps[0], noise=x_t)
 
         def denoise(x_t, t):
             guided = guidance_interval[0] <= math.exp(-self.lambdas[t]) <= guidance_interval[1]
             x_t = x_t.contiguous(memory_format=memory_format(device))
-            return self.predict_x_start(x_t, torch.full(shape[:1], t, device=device), y, guidance if guided else 1.0)
+            t = torch.full(shape[:1], t, device=device)
+            return self.predict_x_start(x_t, t, y, guidance if guided else 1.0)
 
         chosen = SAMPLERS[sampler]
         before = None
-        pairs = list(zip(timesteps, [*timesteps[1:], -1]))                  # each timestep t with the next one, s
+        pairs = list(zip(timesteps, [*timesteps[1:], -1]))  # each t with the next one, s
         with torch.inference_mode(), eval_mode(self), autocast(device):
-            for i, (t, s) in enumerate(progress_bar(pairs, progress)):      # line 2
+            for i, (t, s) in enumerate(progress_bar(pairs, progress)):  # line 2
                 now = Step(x_t, denoise(x_t, t), t, s)
                 if callback is not None:
                     callback(i, t, x_t, now.x_0)
                 aim = now.x_0 if s == -1 else chosen.aim(self, now, before, denoise)
-                z = draw_noise() if chosen.eta > 0 and s >= 0 else 0.0      # line 3
-                x_t = self.step(x_t, aim, t, s, chosen.eta, z)              # line 4
-                if mask is not None:                                        # kept pixels: as noisy as the others
+                z = draw_noise() if chosen.eta > 0 and s >= 0 else 0.0  # line 3
+                x_t = self.step(x_t, aim, t, s, chosen.eta, z)  # line 4
+                if mask is not None:  # what is kept: from init_image, as noisy as the rest
                     x_t = mask * x_t + (1 - mask) * self.q_sample(init_image, s, draw_noise())
                 before = now
         return x_t.clone()  # outside of inference mode, so that it can be used in training too
 
     def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
-        """The options of `sample`, as tensors on the device. Raises ValueError if they do not fit together."""
+        """The options of `sample`, as tensors on the device. ValueError if they do not fit together."""
         def check(name, value, wanted, low, high, dtype=torch.float32):
             if value is None:
                 return None
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
-            expands = value.ndim <= len(wanted) and all(m in (1, n) for m, n in zip(value.shape[::-1], wanted[::-1]))
-            if value.shape != torch.Size(wanted) and not (name == "mask" and expands):      # only a mask is broadcast
+            if name == "mask":
+                with contextlib.suppress(RuntimeError):  # one that cannot be broadcast is refused below
+                    value = value.expand(shape)
+            if value.shape != torch.Size(wanted):
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
             if not low <= value.min() <= value.max() <= high:
                 raise ValueError(f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}")
             return value
 
-        num_classes = getattr(self.model, "num_classes", None)              # a network of one's own may have none
+        num_classes = getattr(self.model, "num_classes", None)  # a network of your own may have none
         if guidance != 1 and (y is None or num_classes is None):
             raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
         if mask is not None and init_image is None:
@@ -510,7 +523,7 @@ class DiffusionModel(nn.Module):
 
 
 class Step(NamedTuple):
-    """A step of sampling, the first arguments of DiffusionModel.step: x_t, the estimate x_0 from it, t, and s < t."""
+    """A step of sampling, from timestep t to s < t: x_t, the estimate x_0 from it, t and s."""
     x_t: torch.Tensor
     x_0: torch.Tensor
     t: int
@@ -518,55 +531,61 @@ class Step(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """One entry of the table of samplers. To add one of your own: SAMPLERS["mine"] = Sampler(...)."""
-    steps: int          # how many by default; None: n_steps
-    even_in: str        # what the timesteps are evenly spaced in: "t", or "lambda", which is log(alpha / sigma)
-    eta: float          # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2 (DiffusionModel.step)
-    # aim(process, now, before, denoise) -> the clean image to head for. It is not asked in the last step (s = -1).
-    # now, before: this Step and the last (or None). denoise(x_t, t) -> x_0: one more call of the network. An example,
-    # Heun's method (Karras et al. 2022, Algorithm 1): end = denoise(process.step(*now), now.s), the x_0 at s, then
-    # now.x_0 + (end - now.x_0) * exp(lambda_s - lambda_t) / 2, which steps along the mean of the noise at t and at s.
+    """One entry of the table of samplers. One of your own, Heun's (Karras et al. 2022, Algorithm 1):
+
+        def heun(process, now, before, denoise):
+            x_0_at_s = denoise(process.step(*now), now.s)  # one more call of the network
+            ratio = torch.exp(process.lambdas[now.s] - process.lambdas[now.t])
+            return now.x_0 + (x_0_at_s - now.x_0) * ratio / 2  # along the mean noise of t and s
+
+        SAMPLERS["heun"] = Sampler(18, "lambda", 0.0, heun)
+    """
+    steps: int    # how many by default; None: n_steps
+    even_in: str  # what the timesteps are evenly spaced in: "t", or "lambda", log(alpha / sigma)
+    eta: float    # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2
+    # aim(process, now, before, denoise) -> the clean image to head for (the last step heads for x_0).
+    # now, before: this Step and the last one, or None. denoise(x_t, t) -> x_0.
     aim: Callable = lambda process, now, before, denoise: now.x_0
 
 
 def aim_ahead(process, now, before, denoise):
-    """D of DPM-Solver++(2M) (Lu et al. 2022): the estimate to expect in the middle of the step, extrapolated."""
-    if before is None:  # nothing to extrapolate from
+    """D of DPM-Solver++(2M) (Lu et al. 2022): x_0 extrapolated to the middle of the step."""
+    if before is None:
         return now.x_0
-    # `step` with eta 0 is theirs: it gives D the weight alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
+    # `step` with eta 0 is theirs: D's weight alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
     h = process.lambdas[now.s] - process.lambdas[now.t]
     h_before = process.lambdas[now.t] - process.lambdas[before.t]
-    return now.x_0 + (now.x_0 - before.x_0) * h / (2 * h_before)            # their r is h_before / h
+    return now.x_0 + (now.x_0 - before.x_0) * h / (2 * h_before)  # their r is h_before / h
 
 
 SAMPLERS = {
-    "ddpm": Sampler(None, "t", 1.0),                    # Ho et al. 2020, Algorithm 2
-    "ddim": Sampler(50, "t", 0.0),                      # Song et al. 2021
-    "dpm++": Sampler(13, "lambda", 0.0, aim_ahead),     # DPM-Solver++(2M), Lu et al. 2022
+    "ddpm": Sampler(None, "t", 1.0),                 # Ho et al. 2020, Algorithm 2
+    "ddim": Sampler(50, "t", 0.0),                   # Song et al. 2021
+    "dpm++": Sampler(13, "lambda", 0.0, aim_ahead),  # DPM-Solver++(2M), Lu et al. 2022
 }
 
 
 def noise_of_seeds(shape, seed, device):
-    """A function that draws noise of that shape (N, ...): image i from seed + i, independent of batch and device."""
-    seed = torch.Generator().seed() % 2**31 if seed is None else seed       # seed() draws one from the system
+    """A function that draws noise (N, ...): image i from seed + i, whatever the batch and the device."""
+    seed = torch.Generator().seed() % 2**31 if seed is None else seed  # seed() draws one from the system
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     return lambda: torch.stack([torch.randn(shape[1:], generator=g, device="cpu") for g in generators]).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. The whole: SimpleDiffusion (network, process, configuration) and its file
 
 
 class SimpleDiffusion(nn.Module):
-    """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained, saved and drawn from.
+    """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained and saved.
 
-    With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and draws t lognormally.
-    unet_options: the others of SimpleUNet. By default the last level has attention if it works at 16x16 or less.
+    With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and draws t
+    lognormally. unet_options: of SimpleUNet. By default the last level has attention if it is at most 16x16.
     """
 
-    def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear", prediction="v",
-                 class_names=None, channel_mults=(1, 2, 2), beta_start=1e-4, beta_end=0.02,
-                 t_distribution="lognormal", **unet_options):
+    def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear",
+                 prediction="v", class_names=None, channel_mults=(1, 2, 2), beta_start=1e-4,
+                 beta_end=0.02, t_distribution="lognormal", **unet_options):
         super().__init__()
         if class_names is not None:
             class_names = [str(name) for name in class_names]
@@ -582,38 +601,37 @@ class SimpleDiffusion(nn.Module):
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution)
 
     @property
-    def network(self):  # an attribute would put the weights into the state dict twice; _orig_mod: of torch.compile
-        return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)
-    model = network  # its name in DiffusionModel
+    def network(self):  # a property, as an attribute would put the weights into the state dict twice
+        return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)  # of torch.compile
+    model = network  # as DiffusionModel calls it
 
     def forward(self, x, y=None, t=None, noise=None):
-        """The training loss: x (B, C, S, S) in [-1, 1], y (B,) int64 or None -> scalar. t and noise: drawn if None."""
+        """The training loss of DiffusionModel.forward: x (B, C, S, S) in [-1, 1] -> scalar."""
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """-> images (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample; images there: [-1, 1]."""
+        """Draw images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample."""
         shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
     def save(self, path="diffusion_model.pth", **info):
-        """Write weights (float16) and what rebuilds the model, as a dict. info: numbers and strings, for humans."""
+        """Write the weights (float16; of a run the averaged ones) and what rebuilds the model. info: for humans."""
         weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
-        contents = dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
-                        model_state_dict=weights, image_size=self.image_size, class_names=self.class_names)
-        write(contents, path)
+        write(dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
+                   model_state_dict=weights, image_size=self.image_size, class_names=self.class_names), path)
 
     @classmethod
     def load(cls, path="diffusion_model.pth", device=None):
-        """Read what `save` wrote, onto `device` (None: the best), in eval mode. Raises ValueError or OSError."""
+        """Read what `save` wrote, onto `device` (None: the best), in eval mode. ValueError or OSError."""
         with reading(path) as saved:
             config = saved["model_config"]
-            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor        # torch.compile's, DDP's
+            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # torch.compile's, DDP's
                        for name, tensor in saved["model_state_dict"].items()}
             if "stem.weight" in weights:
                 raise ValueError("it is from this project's first release, whose network had other parts")
-            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):  # or building never ends
-                raise ValueError("it claims more blocks than it holds weights")
-            with torch.device("meta"):  # the file can claim any size: memory is only taken for the weights it holds
+            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):
+                raise ValueError("it claims more blocks than it holds weights")  # building would never end
+            with torch.device("meta"):  # the file can claim any size: take memory only for what it holds
                 model = cls(**config, **saved["diffusion_config"], image_size=saved["image_size"],
                             class_names=saved["class_names"])
             model.network.load_state_dict(weights, assign=True)
@@ -622,7 +640,7 @@ class SimpleDiffusion(nn.Module):
 
 
 def write(contents, path):
-    """torch.save, but `path` keeps what it held until all of the new is on the disk. Any error is an OSError."""
+    """torch.save, but `path` keeps what it held until the new is on the disk. Errors are OSErrors."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -633,7 +651,7 @@ def write(contents, path):
             os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:  # the last two: torch.save, check_contents
-        raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from None
+        raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from error
     finally:
         with contextlib.suppress(OSError):  # it was moved, or never made
             temporary.unlink()
@@ -641,11 +659,11 @@ def write(contents, path):
 
 @contextlib.contextmanager
 def reading(path, remedy="give a diffusion_model.pth"):
-    """Yield what torch.save wrote to `path`. If it is damaged or does not fit the block: ValueError with the path."""
+    """Yield what `write` wrote to `path`. If it is damaged or does not fit the block: ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        # torch.load checks no checksums and would unpack a compressed file to any size. Ours are not compressed.
+        # torch.load checks no checksums and would unpack a compressed file to any size. Ours are not.
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
                 raise ValueError("its checksums or sizes are wrong")
@@ -656,11 +674,11 @@ def reading(path, remedy="give a diffusion_model.pth"):
         raise
     except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
         reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
-        raise ValueError(f"{path} is damaged, or no file of this kind ({reason}): {remedy}") from None
+        raise ValueError(f"{path} is damaged, or no file of this kind ({reason}): {remedy}") from error
 
 
 def check_contents(value, depth=0):
-    """Refuse all but finite tensors, Python's finite numbers, strings, and a few levels of lists and dicts of them."""
+    """Refuse all but finite tensors and numbers, strings, and a few levels of lists and dicts of them."""
     if isinstance(value, torch.Tensor):
         # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
         repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
@@ -671,11 +689,11 @@ def check_contents(value, depth=0):
     elif isinstance(value, (list, tuple)) and depth < 6:  # deeper: a short pickle can nest without end
         for entry in value:
             check_contents(entry, depth + 1)
-    elif type(value) not in (bool, int, str, type(None)) and not (type(value) is float and math.isfinite(value)):
-        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")  # such as numpy.float64
+    elif not (type(value) in (bool, int, str, type(None)) or type(value) is float and math.isfinite(value)):
+        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Training: the configuration, one step, the run, the loop
 
 
@@ -716,44 +734,13 @@ class TrainConfig:
     restart: bool = option(False, "begin again, even where a stopped run could go on")
 
     def __post_init__(self):
-        support.check_options(self)
-
-
-# All other options must be as they were, or it would be another run. A new lr can rescue one whose loss blew up.
-MAY_CHANGE_ON_RESUME = ("out", "epochs", "images", "lr", "sample_every", "device", "compile", "tensorboard", "restart")
-
-
-def learning_rate(step, total_steps, peak):
-    """Linear warm-up over 500 steps (5 % of a short run), times a cosine that falls to 0. step: 0..total_steps-1."""
-    warmup = min(500, max(1, total_steps // 20))
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-
-
-@torch.no_grad()
-def update_ema(ema, model, step):
-    """Update the average after step number `step`, from 1: the last 3 % of the steps so far make up half of it."""
-    decay = 0.5 ** (1 / (0.03 * step))                                      # decay ** (0.03 * step) is 1/2
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)       # all in one call
-    for ours, theirs in zip(ema.buffers(), model.buffers()):                # a network of your own may have some
-        ours.copy_(theirs)
-
-
-def training_batch(images, labels, index, num_classes, flip=True):
-    """The images at `index`, half of them flipped, one label in ten dropped: -> x (B, C, S, S) in [-1, 1], y (B,)."""
-    x = from_uint8(images[index])
-    if flip:
-        flipped = torch.rand(len(index), device=x.device) < 0.5
-        x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    x = x.contiguous(memory_format=memory_format(x.device))
-    if labels is None:
-        return x, None
-    # One label in ten becomes the null label: guidance needs a network that knows it (Ho and Salimans, Algorithm 1).
-    dropped = torch.rand(len(index), device=x.device) < 0.1
-    return x, labels[index].masked_fill(dropped, num_classes)
+        if support is None:
+            raise ImportError(no_support)
+        support.check_config(self)
 
 
 def make_optimizers(network, lr):
-    """Muon (Jordan et al. 2024) for what maps features to features, AdamW for the rest: -> a list of optimisers."""
+    """Muon (Jordan et al. 2024) for what maps features to features, AdamW for the rest: -> a list of both."""
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
@@ -763,37 +750,54 @@ def make_optimizers(network, lr):
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
 
-def begin_model(config, in_channels, class_names):
-    """The SimpleDiffusion that a run begins with: as its options say, or what --init holds for these classes."""
-    names = {*inspect.signature(SimpleUNet).parameters, *inspect.signature(SimpleDiffusion).parameters}
-    options = {name: value for name, value in asdict(config).items() if name in names and value is not None}
-    if config.init is None:
-        return SimpleDiffusion(class_names=class_names, in_channels=in_channels, **options)
-    return support.begin_with(SimpleDiffusion.load(config.init, "cpu"), config, options, class_names)
+def learning_rate(step, total_steps, peak):
+    """Linear warm-up over 500 steps (5 % of a short run), times a cosine that falls to 0. step: from 0."""
+    warmup = min(500, max(1, total_steps // 20))
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Update the average after step number `step`, from 1: the last 3 % of the steps so far are half of it."""
+    decay = 0.5 ** (1 / (0.03 * step))  # decay ** (0.03 * step) is 1/2
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # all in one call
+    for ours, theirs in zip(ema.buffers(), model.buffers()):  # a network of your own may have some
+        ours.copy_(theirs)
+
+
+def training_batch(images, labels, index, num_classes, flip=True):
+    """The images at `index`, half of them flipped, one label in ten dropped: -> x in [-1, 1], y or None."""
+    x = support.from_uint8(images[index])
+    if flip:
+        flipped = torch.rand(len(index), device=x.device) < 0.5
+        x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+    x = x.contiguous(memory_format=memory_format(x.device))
+    if labels is None:
+        return x, None
+    # One label in ten becomes the null label, for guidance (Ho and Salimans 2022, Algorithm 1).
+    dropped = torch.rand(len(index), device=x.device) < 0.1
+    return x, labels[index].masked_fill(dropped, num_classes)
 
 
 class TrainingRun:
-    """A run: the network, its average, the optimisers, and how far they have come. processes: support.Processes.
+    """A run: the network, its average, the optimisers, and how far they have come.
 
-    A step's random numbers follow from seed, step and rank (which of how many processes it is) alone. So a run that
-    was stopped anywhere goes on as if it had not been, and no random state has to be saved.
+    A step's random numbers follow from seed, step and rank (which of how many processes it is) alone. So a run
+    that was stopped anywhere goes on as if it had not been, and no random state has to be saved.
     """
 
     def __init__(self, config, images, labels, class_names, processes, make_optimizers=make_optimizers):
         self.config = config
-        self.processes = processes
+        self.processes = processes  # support.Processes
         self.out = Path(config.out).resolve()
-        self.batch_size = min(config.batch_size, len(images)) // processes.count * processes.count
-        if self.batch_size == 0 or config.batch_size % processes.count:
-            raise ValueError(f"--batch-size {config.batch_size}, {len(images)} images: {processes.count} processes "
-                             f"cannot share them evenly")
-        self.steps_per_epoch = len(images) // self.batch_size  # images that do not fill a batch wait for another epoch
+        self.batch_size = processes.shared(config.batch_size, len(images))
+        self.steps_per_epoch = len(images) // self.batch_size  # what fills no batch waits for another epoch
         epochs = config.epochs if config.images is None else config.images / self.steps_per_epoch / self.batch_size
         self.epochs = max(1, round(epochs))
         self.total_steps = self.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
-        self.model = begin_model(config, images.shape[1], None if config.unconditional else class_names)
-        self.origin = support.origin_of(config.init)                        # for model_info.json
+        self.model = support.begin_model(SimpleDiffusion, config, images.shape[1], class_names)
+        self.origin = support.origin_of(config.init)  # for model_info.json
         self.model.to(processes.device, memory_format=memory_format(processes.device))
         # All of the data as uint8 on the device: a batch is an index away, and no worker process is needed.
         self.images = support.with_channels(images, self.model.network.config["in_channels"]).to(processes.device)
@@ -802,16 +806,13 @@ class TrainingRun:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model.network, config.lr)
         self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.loss_function = processes.wrap(self.model)
-        if config.compile:
-            torch._dynamo.config.suppress_errors = True  # what it cannot compile runs as it is, with a warning
-            self.loss_function = torch.compile(self.loss_function)
-        self.step = 0                                                       # steps done
-        self.seconds = 0.0                                                  # of training so far
-        self.saved_at = 0.0                                                 # `seconds` at the last save
-        self.order = None                                                   # of the images in this epoch
-        self.losses = []                                                    # of this epoch's steps, in this process
-        self.epoch_losses = []                                              # the mean of each finished epoch
+        self.loss_function = support.compiled(processes.wrap(self.model), config.compile)
+        self.step = 0           # steps done
+        self.seconds = 0.0      # of training so far
+        self.saved_at = 0.0     # `seconds` at the last save
+        self.order = None       # of the images in this epoch
+        self.losses = []        # of this epoch's steps, in this process
+        self.epoch_losses = []  # the mean of each finished epoch
 
     def batch(self, index):
         return training_batch(self.images, self.labels, index, self.model.network.num_classes, not self.config.no_flip)
@@ -819,28 +820,29 @@ class TrainingRun:
     def train_step(self):
         """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        first_seed = 1_000_003 * self.config.seed                           # other runs share none for 10^6 steps
+        rank, count = self.processes.rank, self.processes.count
+        first_seed = 1_000_003 * self.config.seed  # runs of different seeds share no step's for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)  # for flips, t, noise
+        torch.manual_seed((first_seed + self.step) * count + rank)  # for flips, t and noise
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
-        x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
+        x, y = self.batch(whole_batch[rank::count])  # line 2: this process's share
         with autocast(x.device):
-            loss = self.loss_function(x, y)                                 # lines 3 to 5: the loss
+            loss = self.loss_function(x, y)  # lines 3 to 5: the loss
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)       # a rare bad batch does little harm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # a rare bad batch does little harm
         for optimizer, peak_rates in zip(self.optimizers, self.peak_rates):
             for group, peak in zip(optimizer.param_groups, peak_rates):
                 group["lr"] = learning_rate(self.step, self.total_steps, peak)
-            optimizer.step()                                                # line 5: the gradient descent step
+            optimizer.step()  # line 5: the gradient descent step
         self.model.zero_grad()
         self.step += 1
-        update_ema(self.ema, self.model, self.step)
-        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))   # nan marks a bad gradient, too
+        update_ema(self.ema.network, self.model.network, self.step)
+        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan: or a bad gradient
 
     def fetch_losses(self):
-        """The losses of this epoch's steps as numbers (it waits for the GPU). One that is not finite is an error."""
+        """The losses of this epoch's steps as numbers (it waits for the GPU). FloatingPointError if not finite."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
@@ -871,9 +873,7 @@ class TrainingRun:
         if self.config.restart or not path.exists():
             return False
         with reading(path, "--restart begins again, with --init FILE from other weights") as state:
-            before = asdict(TrainConfig(**state["config"]))
-            changed = [f"{flag_of(name)} {before[name]}, not {now}" for name, now in asdict(self.config).items()
-                       if before[name] != now and name not in MAY_CHANGE_ON_RESUME]
+            changed = support.changed_options(TrainConfig(**state["config"]), self.config)
             if state["images"] != len(self.images):
                 changed.append(f"{state['images']} images, not {len(self.images)}")
             if not changed:
@@ -890,10 +890,11 @@ class TrainingRun:
         self.seconds = self.saved_at = float(state["seconds"])
         self.origin = dict(state["origin"])
         self.losses = list(torch.tensor(state["losses"], device=self.images.device).flatten())
-        self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()      # refuses text
+        self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()  # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        if state["memory_format"] == str(memory_format(self.images.device)):  # else anew: Muon's columns are elsewhere
+        # In the other memory format the columns of Muon's matrices are in another order: it starts afresh.
+        if state["memory_format"] == str(memory_format(self.images.device)):
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
 
@@ -901,12 +902,12 @@ class TrainingRun:
 def train(config, make_optimizers=make_optimizers):
     """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights.
 
-    make_optimizers(network, lr) -> a list of optimisers of your own. Raises ValueError or OSError where an option, the
-    data or a file is wrong, FloatingPointError for a loss that is not finite, SystemExit (130 or 143) once stopped.
+    make_optimizers(network, lr) -> a list of optimisers of your own. Raises ValueError or OSError for a wrong
+    option, data set or file, FloatingPointError if the loss is not finite, SystemExit (130, 143) once stopped.
     """
     support.tune_torch()
     processes = support.Processes(pick_device(config.device))
-    begin_model(config, 3, None)  # only so that wrong options are reported before the data is read
+    support.begin_model(SimpleDiffusion, config, 3, None)  # to report wrong options before the data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
         images, labels, class_names = load_images(config.data, config.image_size, config.limit, config.out)
     run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
@@ -916,29 +917,29 @@ def train(config, make_optimizers=make_optimizers):
         processes.say(f"finished ({len(run.epoch_losses)} epochs): raise --epochs or --images, or --restart")
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
-    started = time.monotonic() - run.seconds                                # as if there had been no break
-    with report.bar, support.stop_signals() as received:  # notes the first Ctrl-C; a second ends at once, unsaved
+    started = time.monotonic() - run.seconds  # as if there had been no break
+    with report.bar, support.stop_signals() as received:  # the first Ctrl-C is noted; a second ends at once
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
             report.step()
             epoch_done = run.step % run.steps_per_epoch == 0
             if epoch_done:
-                report.epoch(run.end_epoch())  # a line; every few epochs diffusion_model.pth and samples
-            stop = processes.largest(received[0] if received else 0)        # the signal that any process got, or 0
-            # A crash or a second Ctrl-C costs five minutes at most; not every epoch of a few seconds is worth a file.
-            may_be_lost = min(20, run.seconds / 10) if epoch_done else 300  # seconds of work
-            if stop or run.step == run.total_steps or run.seconds - run.saved_at > may_be_lost:
+                report.epoch(run.end_epoch())  # prints a line; every few epochs exports and draws samples
+            stop = processes.largest(received[0] if received else 0)  # the signal that any process got, or 0
+            # A crash or a second Ctrl-C costs at most five minutes; an epoch of a few seconds is worth no file.
+            seconds_at_risk = min(20, run.seconds / 10) if epoch_done else 300
+            if stop or run.step == run.total_steps or run.seconds - run.saved_at > seconds_at_risk:
                 run.save()
             if stop and run.step < run.total_steps:
                 processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
-                sys.exit(128 + stop)                                        # 130 or 143, the shells' convention
+                sys.exit(128 + stop)  # 130 or 143, the shells' convention
     return run.ema
 
 
 def main(argv=None):
     if support is None:
-        print("error: training needs support.py beside this file, and torch 2.9 or newer", file=sys.stderr)
+        print("error:", no_support, file=sys.stderr)
         sys.exit(2)
     with support.ends_in_one_line():
         train(support.parse_options(TrainConfig, argv, __doc__))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_model import SAMPLERS, SimpleDiffusion, progress_bar
+from diffusion_model import SAMPLERS, SimpleDiffusion, noise_of_seeds, progress_bar
 from support import (Parser, SingleFiles, ends_in_one_line, from_uint8, picture_path, read_picture, save_denoising,
                      save_grid, to_uint8, tune_torch)
 
@@ -57,8 +57,8 @@ def generate_images(model, num_images=8, labels=None, **options):
 
 def interpolated_noise(model, first_seed, last_seed, count=8):
     """Starting noises on the way from that of one seed to that of another, both included: -> (count, C, S, S)."""
-    shape = (model.network.config["in_channels"], model.image_size, model.image_size)
-    a, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (first_seed, last_seed))
+    shape = (1, model.network.config["in_channels"], model.image_size, model.image_size)
+    a, b = (noise_of_seeds(shape, seed, "cpu")() for seed in (first_seed, last_seed))
     # Along the arc (Shoemake 1985): half-way on the straight line, noise has 0.7 of the strength the network knows.
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(max=0.9999))                           # two equal seeds are 0 apart

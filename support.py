@@ -1,7 +1,7 @@
 """What surrounds the training of diffusion_model.py: data sets, pictures, options, several processes, signals, errors.
 
 None of it is needed to understand diffusion. It needs torch alone; torchvision, PIL, numpy, matplotlib and tqdm are
-imported in the functions that use them.
+imported in the functions that use them. It never imports diffusion_model, which is __main__ in a run.
 """
 import argparse
 import atexit
@@ -143,13 +143,6 @@ def load_folder(folder, image_size, limit):
         return images, None, None
     class_names = sorted({path.parts[0] for path in kept})
     return images, torch.tensor([class_names.index(path.parts[0]) for path in kept]), class_names
-
-
-def with_channels(images, channels):
-    """Images (N, C, S, S) with as many channels as the network has: grey ones are repeated for one in colour."""
-    if images.shape[1] > channels:
-        raise ValueError("--init: its network draws in grey, and these images are in colour")
-    return images.expand(-1, channels, -1, -1)
 
 
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
@@ -329,13 +322,13 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def check_options(options):
+def check_config(config):
     """Check the numbers of a TrainConfig and turn its values into plain ones, which is all that a file can hold.
 
     From Python a Path, a list or a number of numpy's will do as well. Raises a ValueError that names the flag.
     """
-    for entry in fields(options):
-        value, least, below = getattr(options, entry.name), entry.metadata["least"], entry.metadata["below"]
+    for entry in fields(config):
+        value, least, below = getattr(config, entry.name), entry.metadata["least"], entry.metadata["below"]
         if value is None:
             continue
         try:
@@ -347,7 +340,7 @@ def check_options(options):
                 value = entry.type(operator.index(value))
         except (TypeError, ValueError):
             raise ValueError(f"{flag_of(entry.name)} cannot be {value!r}") from None
-        setattr(options, entry.name, value)
+        setattr(config, entry.name, value)
         numbers = value if entry.type is tuple else [value] if entry.type is not str else []
         for number in numbers:
             if not least <= number < below:
@@ -428,6 +421,14 @@ def tune_torch():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD = -1 (none): nor is the end of the heap
 
 
+def compiled(function, wanted):
+    """`function`, compiled if `wanted`. What torch.compile cannot compile runs as it is, with a warning."""
+    if wanted:
+        torch._dynamo.config.suppress_errors = True
+        function = torch.compile(function)
+    return function
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that the step in hand can be finished; a second Ctrl-C ends at once."""
@@ -505,9 +506,17 @@ class Processes:
         """`model`, whose gradients backward() averages over the processes."""
         return model if self.count == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
+    def shared(self, batch_size, images):
+        """The images a step: batch_size, or of a smaller data set what all processes can share evenly."""
+        shared = min(batch_size, images) // self.count * self.count
+        if shared == 0 or batch_size % self.count:
+            raise ValueError(f"--batch-size {batch_size}, {images} images: {self.count} processes cannot share them "
+                             f"evenly")
+        return shared
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimisers, and the weights that a run begins with
+# How a run begins and goes on: optimisers, --init, resuming
 
 
 class Muon(torch.optim.Muon):
@@ -542,13 +551,22 @@ def restore_optimizer(optimizer, saved):
                 raise ValueError("the state of its optimisers does not fit the network")
 
 
-def begin_with(source, config, options, class_names):
-    """The SimpleDiffusion of --init: the network and the weights of `source`, for classes of these names.
+MODEL_OPTIONS = ("image_size", "hidden_channels", "channel_mults", "num_res_blocks", "attention_levels", "num_heads",
+                 "dropout", "n_steps", "schedule", "prediction", "t_distribution")
 
-    options: those of `config` for a SimpleDiffusion. One that contradicts `source` is a ValueError, unless no weight
-    depends on it. From Python, one at its default counts as not given.
+
+def begin_model(kind, config, in_channels, class_names):
+    """The SimpleDiffusion (`kind`) that a run begins with: as its options say, or with --init what that file holds.
+
+    An option that contradicts the file is a ValueError, unless no weight depends on it.
     """
-    given = getattr(config, "given", set())
+    class_names = None if config.unconditional else class_names
+    options = {name: getattr(config, name) for name in MODEL_OPTIONS}
+    if config.init is None:
+        return kind(class_names=class_names, in_channels=in_channels, **options)
+    source = kind.load(config.init, "cpu")
+    # The command line knows which flags were given; from Python it is the size, and what differs from its default.
+    given = getattr(config, "given", {"image_size"})
     theirs = {**source.network.config, **source.diffusion.config, "class_names": class_names}
     theirs["num_classes"] = None if class_names is None else len(class_names)
     for name, ours in options.items():
@@ -557,9 +575,9 @@ def begin_with(source, config, options, class_names):
         elif (name in given or ours != getattr(type(config), name)) and not agree(name, ours, theirs[name]):
             raise ValueError(f"{flag_of(name)} {ours} contradicts --init {config.init}, which has {theirs[name]}")
     size = source.image_size
-    if size != config.image_size and "image_size" not in getattr(config, "given", ["image_size"]):
+    if size != config.image_size and "image_size" not in given:
         raise ValueError(f"--init {config.init} draws {size}x{size} pixels: give --image-size {size}, or another")
-    return with_weights_of(source, type(source)(**theirs))
+    return with_weights_of(source, kind(**theirs))
 
 
 def agree(name, option, value):
@@ -591,6 +609,24 @@ def with_weights_of(source, model):
         rows = [known.index(name) if name in known else -1 for name in names]
         model.network.class_embedding.weight.copy_(classes[[*rows, -1]])
     return model
+
+
+def with_channels(images, channels):
+    """Images (N, C, S, S) with as many channels as the network has: grey ones are repeated for one in colour."""
+    if images.shape[1] > channels:
+        raise ValueError("--init: its network draws in grey, and these images are in colour")
+    return images.expand(-1, channels, -1, -1)
+
+
+# A run's other options must be as they were, or it would be another run. A new lr can rescue one whose loss blew up.
+MAY_CHANGE_ON_RESUME = ("out", "epochs", "images", "lr", "sample_every", "device", "compile", "tensorboard", "restart")
+
+
+def changed_options(before, now):
+    """What differs between the TrainConfigs of two starts of a run and must not, in words."""
+    return [f"{flag_of(entry.name)} {getattr(before, entry.name)}, not {getattr(now, entry.name)}"
+            for entry in fields(now) if entry.name not in MAY_CHANGE_ON_RESUME
+            and getattr(before, entry.name) != getattr(now, entry.name)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
