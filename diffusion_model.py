@@ -639,6 +639,7 @@ class SimpleDiffusion(nn.Module):
         return model.to(device, torch.float32, memory_format=memory_format(device)).eval()
 
 
+# ---- The files: written whole or not at all, and read as if anybody may have written them
 def write(contents, path):
     """torch.save, but `path` keeps what it held until the new is on the disk. Errors are OSErrors."""
     path = Path(path)
