@@ -4,8 +4,8 @@
     python inference_example.py      draws pictures from diffusion_model.pth
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own
 
-The third trains on your own pictures. The same command again resumes an interrupted run; --help lists all
-flags. The released weights are those of the first: 15 hours on two CPU cores (AMD EPYC). From Python:
+The third trains on your own pictures. The same command again resumes an interrupted run. All flags: --help.
+The first made the released weights in 15 hours on two CPU cores (README.md: how good they are). From Python:
 
     from diffusion_model import SimpleDiffusion
     images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)  # (10, 3, 32, 32) in [0, 1]
@@ -14,12 +14,12 @@ Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (sta
 one model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied. Data, pictures and
 flags are in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
 
-Equations and algorithms are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models (arXiv
-2006.11239), where no other paper is named: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et
-al. 2021 (2010.02502: DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022
-(2207.12598: guidance), Karras et al. 2022 (2206.00364: noise levels to train on), Lu et al. 2022
-(2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024 (2404.07724: guidance interval), Vaswani et al. 2017
-(1706.03762: time embedding), Jordan et al. 2024 (Muon).
+Equations and algorithms without a name are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
+(arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021
+(2010.02502: DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598:
+guidance), Karras et al. 2022 (2206.00364: noise levels to train on), Lu et al. 2022 (2211.01095:
+DPM-Solver++), Kynkaanniemi et al. 2024 (2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time
+embedding), Jordan et al. 2024 (Muon).
 """
 import contextlib
 import math
@@ -138,7 +138,7 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention between the pixels of an image: x (B, C, H, W) -> like x."""
+    """Multi-head self-attention between the pixels of an image, added to it: x (B, C, H, W) -> like x."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
@@ -209,9 +209,9 @@ class SimpleUNet(nn.Module):
         depths = [num_res_blocks] if isinstance(num_res_blocks, int) else list(num_res_blocks)
         depths = depths * len(channel_mults) if len(depths) == 1 else depths
         attention_levels = [last] if attention_levels is None else list(attention_levels)
-        self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, num_res_blocks=depths,
-                           channel_mults=list(channel_mults), attention_levels=attention_levels,
-                           num_heads=num_heads, time_dim=time_dim, dropout=dropout, num_classes=num_classes)
+        self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, channel_mults=list(channel_mults),
+                           num_res_blocks=depths, attention_levels=attention_levels, num_heads=num_heads,
+                           time_dim=time_dim, dropout=dropout, num_classes=num_classes)
         sizes = [in_channels, hidden_channels, time_dim, num_heads, num_classes, *depths, *channel_mults]
         if last < 0 or min(size for size in sizes if size is not None) < 1:
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
@@ -242,7 +242,7 @@ class SimpleUNet(nn.Module):
         self.up = nn.ModuleList()  # the last level first
         for width, depth, heads, entry, leave in zip(widths, depths, level_heads, entries, exits):
             self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
-            merges = nn.ModuleList([nn.Conv2d(2 * width, width, 1) for _ in range(depth)])  # features and skip
+            merges = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in range(depth))  # features and skip
             self.up.insert(0, nn.ModuleDict(dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=leave)))
 
     def forward(self, x, t, y=None):
@@ -275,7 +275,7 @@ class SimpleUNet(nn.Module):
 #
 # Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and
 # teach the network to tell the two apart. The timestep t, drawn anew for each image, sets both factors: as it
-# grows, alpha falls from nearly 1 to nearly 0, and sigma = sqrt(1 - alpha^2) rises. x_T is nearly pure noise.
+# grows to T, alpha falls from nearly 1 to nearly 0, and sigma = sqrt(1 - alpha^2) rises: x_T is almost noise.
 # Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate
 # with a little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the
 # estimate is the mean of all images that x_t may have come from: the more noise, the more blurred is that mean.
@@ -305,8 +305,8 @@ class DiffusionModel(nn.Module):
     model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64
     are its third argument, where they are given. For guidance, its attribute num_classes is the null label.
     schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps.
-    prediction: of the network: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    t_distribution: of the timesteps in training: "uniform" (Algorithm 1), or "lognormal": those around the noise
+    prediction: the network's: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
+    t_distribution: how training draws t: "uniform" (Algorithm 1), or "lognormal": those around the noise
     levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
 
     Timesteps count from 0: t = 0 is the papers' t = 1, and t = -1 stands for the clean image, which is called
@@ -318,10 +318,10 @@ class DiffusionModel(nn.Module):
                  prediction="noise", t_distribution="uniform"):
         super().__init__()
         if not (1 <= n_steps <= 100_000 and 1e-10 < beta_start <= beta_end < 1):
-            raise ValueError(f"n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, "
+            raise ValueError("n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, "
                              f"got {n_steps}, {beta_start} and {beta_end}")
         if prediction not in ("noise", "v") or t_distribution not in ("uniform", "lognormal"):
-            raise ValueError(f"prediction must be noise or v, t_distribution uniform or lognormal, got "
+            raise ValueError("prediction must be noise or v, t_distribution uniform or lognormal, got "
                              f"{prediction!r} and {t_distribution!r}")
         self.model = model
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end,
@@ -335,11 +335,11 @@ class DiffusionModel(nn.Module):
         if alphas_cumprod[-1] > 0.01:
             warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end")
         tables = dict(
-            betas=betas, alphas_cumprod=alphas_cumprod,
+            betas=betas, alphas_cumprod=alphas_cumprod,  # for your own loops, as is the last (eq. 7)
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma: that of the noise
             lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,  # log(alpha / sigma)
-            posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod))  # eq. 7
+            posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod))
         for name, table in tables.items():  # not in the state dict: they follow from `config`
             self.register_buffer(name, table.float(), persistent=False)
 
@@ -362,7 +362,7 @@ class DiffusionModel(nn.Module):
         # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8
         # (theirs: -1.2) was the best of those tried (tests/MEASURED.md). Half of all uniform t of
         # the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
-        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # the normal's quantiles
         midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2  # ln(sigma / alpha) between two t
         return torch.searchsorted(midpoints, wanted)  # the timestep nearest to each
 
@@ -394,7 +394,7 @@ class DiffusionModel(nn.Module):
         """Estimate x_0: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # step away from "no class": Ho and Salimans 2022, eq. 6, where guidance is 1 + w
+        else:  # away from "no class": Ho and Salimans 2022, eq. 6, for noise or v; guidance is 1 + w
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
             conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
@@ -415,11 +415,11 @@ class DiffusionModel(nn.Module):
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Not the noise that the network predicted: it fits x_t no longer once x_0 is clipped or extrapolated.
+        # Not the network's noise: once x_0 is clipped or extrapolated, that no longer adds up to x_t.
         noise = (x_t - alpha_t * x_0) / sigma_t  # eq. 4, solved for the noise
         # 1 - (alpha_t / alpha_s)^2, the beta of the whole way from s to t, accurate where small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()  # eta 1: sqrt(posterior_variance)
+        spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t; eta 1: sqrt(posterior_variance)
         return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
@@ -441,7 +441,7 @@ class DiffusionModel(nn.Module):
         if chosen.even_in == "t":
             return torch.linspace(self.n_steps - 1, 0, steps, **exact).round().int().tolist()
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
-        lambdas = self.lambdas.to(**exact)
+        lambdas = self.lambdas.cpu().double()  # in this order, as MPS has no float64
         # The noisiest timesteps of cosine show nothing of the image: begin at -5.1 (as that code does for all).
         start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, **exact)
@@ -451,9 +451,9 @@ class DiffusionModel(nn.Module):
                strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 in [-1, 1].
 
-        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ merges equals); None: its own.
-        y: labels (N,); None: no class. guidance: 1: as trained; above 1: more typical of the class, in twice the
-        time; only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
+        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ skips repeats); None: default.
+        y: labels (N,); None: no class. guidance: 1 as trained; above 1 more typical of the class, in twice the
+        time, and applied only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
         seed: image i is drawn from seed + i, whatever the batch; None: random. torch's random state is not used.
         init_image (N, C, H, W) in [-1, 1], strength in 0..1: start from it, noised that far; 0 returns it.
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
@@ -503,7 +503,7 @@ class DiffusionModel(nn.Module):
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
             if name == "mask":
                 with contextlib.suppress(RuntimeError):  # one that cannot be broadcast is refused below
-                    value = value.expand(shape)
+                    value = value.expand(wanted)
             if value.shape != torch.Size(wanted):
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
             if not low <= value.min() <= value.max() <= high:
@@ -523,7 +523,7 @@ class DiffusionModel(nn.Module):
 
 
 class Step(NamedTuple):
-    """A step of sampling, from timestep t to s < t: x_t, the estimate x_0 from it, t and s."""
+    """The first arguments of DiffusionModel.step: x_t, the estimate x_0 from it, timestep t, the next one s."""
     x_t: torch.Tensor
     x_0: torch.Tensor
     t: int
@@ -536,7 +536,7 @@ class Sampler(NamedTuple):
         def heun(process, now, before, denoise):
             x_0_at_s = denoise(process.step(*now), now.s)  # one more call of the network
             ratio = torch.exp(process.lambdas[now.s] - process.lambdas[now.t])
-            return now.x_0 + (x_0_at_s - now.x_0) * ratio / 2  # along the mean noise of t and s
+            return now.x_0 + (x_0_at_s - now.x_0) * ratio / 2  # along the mean of both noises
 
         SAMPLERS["heun"] = Sampler(18, "lambda", 0.0, heun)
     """
@@ -610,12 +610,12 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """Draw images: -> (batch_size, C, S, S) in [0, 1]. options: those of DiffusionModel.sample."""
+        """Draw (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample, images there in [-1, 1]."""
         shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
     def save(self, path="diffusion_model.pth", **info):
-        """Write the weights (float16; of a run the averaged ones) and what rebuilds the model. info: for humans."""
+        """Write the weights (float16; a run's are averaged) and what rebuilds the model. info: for humans."""
         weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
         write(dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
                    model_state_dict=weights, image_size=self.image_size, class_names=self.class_names), path)
@@ -664,7 +664,7 @@ def reading(path, remedy="give a diffusion_model.pth"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        # torch.load checks no checksums and would unpack a compressed file to any size. Ours are not.
+        # torch.load checks no checksums and would unpack a compressed file (ours is not) to any size.
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
                 raise ValueError("its checksums or sizes are wrong")
@@ -822,7 +822,7 @@ class TrainingRun:
         """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
         rank, count = self.processes.rank, self.processes.count
-        first_seed = 1_000_003 * self.config.seed  # runs of different seeds share no step's for 10^6 steps
+        first_seed = 1_000_003 * self.config.seed  # no two seeds share a step's numbers for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
@@ -840,7 +840,7 @@ class TrainingRun:
         self.model.zero_grad()
         self.step += 1
         update_ema(self.ema.network, self.model.network, self.step)
-        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan: or a bad gradient
+        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan if the gradient is bad
 
     def fetch_losses(self):
         """The losses of this epoch's steps as numbers (it waits for the GPU). FloatingPointError if not finite."""
@@ -894,7 +894,7 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()  # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        # In the other memory format the columns of Muon's matrices are in another order: it starts afresh.
+        # In another memory format the columns of Muon's matrices are in another order: the optimisers start afresh.
         if state["memory_format"] == str(memory_format(self.images.device)):
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
@@ -919,7 +919,7 @@ def train(config, make_optimizers=make_optimizers):
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds  # as if there had been no break
-    with report.bar, support.stop_signals() as received:  # the first Ctrl-C is noted; a second ends at once
+    with report.bar, support.stop_signals() as received:  # notes the first Ctrl-C; a second ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
@@ -928,7 +928,7 @@ def train(config, make_optimizers=make_optimizers):
             if epoch_done:
                 report.epoch(run.end_epoch())  # prints a line; every few epochs exports and draws samples
             stop = processes.largest(received[0] if received else 0)  # the signal that any process got, or 0
-            # A crash or a second Ctrl-C costs at most five minutes; an epoch of a few seconds is worth no file.
+            # A crash or a second Ctrl-C costs at most five minutes; not every short epoch is worth a file.
             seconds_at_risk = min(20, run.seconds / 10) if epoch_done else 300
             if stop or run.step == run.total_steps or run.seconds - run.saved_at > seconds_at_risk:
                 run.save()

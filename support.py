@@ -561,7 +561,7 @@ def begin_model(kind, config, in_channels, class_names):
     An option that contradicts the file is a ValueError, unless no weight depends on it.
     """
     class_names = None if config.unconditional else class_names
-    options = {name: getattr(config, name) for name in MODEL_OPTIONS}
+    options = {name: getattr(config, name) for name in MODEL_OPTIONS if getattr(config, name) is not None}
     if config.init is None:
         return kind(class_names=class_names, in_channels=in_channels, **options)
     source = kind.load(config.init, "cpu")

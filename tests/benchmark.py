@@ -9,7 +9,7 @@ other things too the ratios mean something, the absolute numbers little. Two cor
 - plain loop: the same network in float32 and contiguous memory, a DataLoader that normalises image by image, Adam,
   loss.item() in every step, no moving average, glibc's memory as it is.
 - diffusers: its UNet2DModel in the loop of its own example (float32, DataLoader, AdamW, EMA), with three quarters of
-  our channels: it has more and wider blocks on the way up, so that it multiplies as often as ours.
+  our channels, so that it multiplies as often: its blocks on the way up are more and wider.
 - plain sampling: 1000 ancestral steps in float32, of which a few dozen are timed.
 """
 import argparse
@@ -122,7 +122,7 @@ def train_diffusers(options):
     device, data, width = dm.pick_device(), batches(options), options.hidden_channels * 3 // 4
     model = UNet2DModel(
         IMAGE_SIZE, layers_per_block=2, block_out_channels=(width, 2 * width, 2 * width),
-        norm_num_groups=math.gcd(32, width),  # 32, its default, but in the smallest networks
+        norm_num_groups=math.gcd(32, width),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")).to(device)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)

@@ -1,5 +1,7 @@
 """--init and --images: a run on pictures of one's own that begins with trained weights."""
+import dataclasses
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from conftest import TINY, error_of, new_run, perturb, same, state, stopped_in_s
 
 import diffusion_model
 import support
-from diffusion_model import SimpleDiffusion, TrainConfig, TrainingRun
+from diffusion_model import SimpleDiffusion, SimpleUNet, TrainConfig, TrainingRun
 
 RUN = dict(data="FOLDER", init="source.pth", image_size=8, batch_size=4, images=40, sample_every=1, device="cpu")
 
@@ -79,6 +81,12 @@ def test_flags_that_do_not_contradict(here):
     """What the file has as well, and dropout, on which no weight depends."""
     same_as_the_file = dict(hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,))
     assert new_run(**RUN, **same_as_the_file, dropout=0.3).model.network.config["dropout"] == 0.3
+
+
+def test_no_option_of_the_network_is_forgotten():
+    """Whatever SimpleDiffusion and SimpleUNet take and TrainConfig has, a run passes on."""
+    takes = {*inspect.signature(SimpleDiffusion).parameters, *inspect.signature(SimpleUNet).parameters}
+    assert set(support.MODEL_OPTIONS) == takes & {entry.name for entry in dataclasses.fields(TrainConfig)}
 
 
 def test_a_flag_at_its_default_contradicts_as_well(here, capsys):

@@ -4,6 +4,7 @@ Networks that know the answer stand in for a trained one: that finds the bugs th
 """
 import contextlib
 import math
+import textwrap
 
 import pytest
 import torch
@@ -324,6 +325,19 @@ def test_timesteps_even_in_lambda(steps, schedule, n_steps):
     assert seen[0] == n_steps - 1 if schedule == "linear" else seen[0] == (lambdas >= -5.1).nonzero().max()
 
 
+@pytest.mark.parametrize("sampler", diffusion_model.SAMPLERS)
+def test_no_float64_is_made_where_mps_would_make_it(sampler):
+    """To float64 and to the CPU in one call: MPS, which has no float64, would convert before it copies."""
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), options=None):
+            given = [*args, *(options or {}).values()]
+            assert function is not torch.Tensor.to or torch.float64 not in given or len(given) == 2
+            return function(*args, **(options or {}))
+
+    with Watch():
+        DiffusionModel(Stub(wild), schedule="cosine").timesteps(sampler)
+
+
 @pytest.mark.filterwarnings("ignore:x_T is not noise")  # of one step
 @pytest.mark.parametrize("sampler, n_steps, expected", [("ddpm", 1000, 1000), ("ddim", 1000, 50), ("dpm++", 1000, 13),
                                                         ("ddpm", 1, 1), ("ddim", 10, 10), ("dpm++", 1, 1)])
@@ -351,8 +365,13 @@ def heun(process, now, before, denoise):
 def test_a_sampler_of_ones_own(monkeypatch):
     """An entry in the table is a sampler; this one calls the network twice a step. For data from N(0, 0.25^2) x_T is
     known to end at 0.25 x_T. In twice as many steps Heun's error falls to a quarter, a first order's to a half."""
-    monkeypatch.setitem(diffusion_model.SAMPLERS, "heun", diffusion_model.Sampler(18, "lambda", 0.0, heun))
+    monkeypatch.setattr(diffusion_model, "SAMPLERS", dict(diffusion_model.SAMPLERS))
+    docstring = diffusion_model.Sampler.__doc__
+    exec(textwrap.dedent(docstring[docstring.index("        def heun"):]), vars(diffusion_model).copy())
     process = oracle(lambda x, alpha, sigma: alpha * x / 16 / (alpha**2 / 16 + sigma**2))
+    now = diffusion_model.Step(*noise_of(0, (1, 3, 4, 4), draws=2), t=700, s=500)
+    theirs = diffusion_model.SAMPLERS["heun"].aim(process, now, None, lambda x_t, t: x_t / 3)
+    torch.testing.assert_close(theirs, heun(process, now, None, lambda x_t, t: x_t / 3), rtol=1e-4, atol=1e-4)
     x_T = noise_of(0, (1, 3, 16, 16))[0]
     errors = [(process.sample(x_T.shape, "heun", steps, x_T=x_T, progress=False) - 0.25 * x_T).abs().mean()
               for steps in (20, 40, 80)]
