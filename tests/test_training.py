@@ -817,7 +817,7 @@ def test_64x64_with_default_flags_fits_in_two_gigabytes(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.splitlines()[-1]) * 1024
-    assert 4e8 < peak < 2e9
+    assert 4e8 < peak < (2e9 if diffusion_model.has_bfloat16(torch.device("cpu")) else 2.5e9)
 
 
 def test_bfloat16_learns_as_float32_does(tmp_path, monkeypatch):
