@@ -426,7 +426,7 @@ class DiffusionModel(nn.Module):
     def p_sample(self, x_t, t, y=None):
         """One step of Algorithm 2 (lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}."""
         x_0 = self.predict_x_start(x_t, t, y)
-        # Ho et al. give two variances (section 3.2). This is the posterior's: at t = 0 it is 0.
+        # Of Ho et al.'s two variances (section 3.2; they draw alike) the posterior's: it is 0 at t = 0.
         return self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):

@@ -171,14 +171,19 @@ def load_images(data, image_size=32, limit=None, out=None):
             raise ValueError(f"--out {out} writes pictures into --data {data}: they would become training pictures")
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
     root = Path("data" if data == "cifar10" else data).resolve()
-    by_hand = (f"fetch it with curl, which goes on where it broke off: curl -C - --create-dirs -o "
-               f"{quoted(root / CIFAR10_ARCHIVE)} {CIFAR10.url} (a mirror will do, for its checksum is verified)")
-    if not any((root / name).exists() for name in (CIFAR10_ARCHIVE, "cifar-10-batches-py")):
+    archive, unpacked = root / CIFAR10_ARCHIVE, root / "cifar-10-batches-py"
+    by_hand = (f"fetch it with curl, which goes on where it broke off: curl -C - --create-dirs -o {quoted(archive)} "
+               f"{CIFAR10.url} (a mirror will do, for its checksum is verified)")
+    if not archive.exists() and not unpacked.exists():
         print(f"downloading CIFAR-10 (170 MB) into {root}; if that is slow, Ctrl-C and {by_hand}", flush=True)
     try:
+        # torchvision would begin an incomplete download again from nothing.
+        if archive.exists() and not unpacked.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
+            raise ValueError(f"{archive} is incomplete")
         # With download=True it also unpacks an archive that was fetched by hand. Either way it checks the checksums.
-        cifar = CIFAR10(root, train=True, download=data == "cifar10" or (root / CIFAR10_ARCHIVE).exists())
+        cifar = CIFAR10(root, train=True, download=data == "cifar10" or archive.exists())
     except Exception as error:  # no network, a full disk, a file cut off
         raise ValueError(f"CIFAR-10 could not be loaded ({error}): {by_hand}; or train without it: --data shapes, or "
                          f"--data FOLDER of your images") from None
@@ -671,6 +676,7 @@ class Report:
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
         hint = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 else ""
+        copies = "; so few are memorised: see samples/nearest.png" if len(run.images) < 1000 else ""
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
@@ -680,7 +686,7 @@ class Report:
         run.processes.say(
             f"{again if resumed else ''}device    {run.images.device}, {precision}\n"
             f"network   {count_parameters(network) / 1e6:.1f} M parameters, {classes}\n"
-            f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide\n"
+            f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide{copies}\n"
             f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}, "
             f"learning rate {config.lr:g}{hint}\n"
             f"files     {run.out}")

@@ -512,6 +512,29 @@ def test_corrupt_pictures(content, capsys):
         load_images("data", 8)
 
 
+def test_many_corrupt_pictures(capsys, monkeypatch):
+    """Nine are named, the others counted; of several processes the first says so."""
+    Path("data").mkdir()
+    for i in range(26):
+        Image.new("RGB", (8, 8)).save(f"data/{i:02d}.png") if i % 2 else Path(f"data/{i:02d}.png").write_bytes(b"")
+    assert len(load_images("data", 8)[0]) == 13
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and "16.png" in lines[8] and lines[9] == "skipped: 4 more"
+    monkeypatch.setenv("RANK", "1")
+    load_images("data", 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_download_that_broke_off(monkeypatch):
+    """What is there of the archive stays, for curl to go on with: torchvision would begin again."""
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("it downloads"))
+    Path("data").mkdir()
+    Path("data/cifar-10-python.tar.gz").write_bytes(b"half")
+    with pytest.raises(ValueError, match="incomplete.*curl -C - "):
+        load_images("cifar10")
+    assert Path("data/cifar-10-python.tar.gz").read_bytes() == b"half"
+
+
 def test_data_that_is_not_there(capsys, monkeypatch):
     """An empty or missing folder, a file, half of CIFAR-10, no network: each says what to do."""
     def offline(*args, **options):

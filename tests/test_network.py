@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY, perturb
 
-from diffusion_model import Attention, SimpleUNet, time_embedding
+from diffusion_model import Attention, SimpleDiffusion, SimpleUNet, time_embedding
 
 
 def network(**options):
@@ -81,6 +81,13 @@ def test_options_that_do_not_fit(options, words):
     """Neither ignored nor changed in silence: the error has the numbers that would do."""
     with pytest.raises(ValueError, match=f"{list(options)[0]}.*{words}"):
         network(**options)
+
+
+@pytest.mark.parametrize("image_size, levels", [(32, [2]), (64, [2]), (128, [])])
+def test_attention_by_default(image_size, levels):
+    """Where it is affordable: on the last level, if that works at 16x16 or less."""
+    with torch.device("meta"):
+        assert SimpleDiffusion(image_size).network.config["attention_levels"] == levels
 
 
 def test_rebuilt_from_its_config():

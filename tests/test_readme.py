@@ -55,6 +55,11 @@ def test_it_counts_its_lines():
         assert re.search(rf"^\| part.*\b{line}\b", readme, re.MULTILINE), (part, line)
 
 
+def test_what_to_do_when_the_loss_is_not_finite():
+    line, = (line for line in (ROOT / "README.md").read_text().splitlines() if "loss is not finite" in line)
+    assert "the same command with a lower `--lr`" in line
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200 and max(map(len, lines)) <= 110

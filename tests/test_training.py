@@ -20,6 +20,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -259,6 +260,13 @@ def test_what_a_run_leaves(whole):
     for name in ("data", "noising", "loss", "nearest", "epoch_0001", "epoch_0002"):
         with Image.open(whole / "samples" / f"{name}.png") as picture:
             assert min(picture.size) > 60 and len(set(picture.convert("L").tobytes())) > 10, name
+    with Image.open(whole / "samples" / "nearest.png") as picture:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    size = pixels.shape[2] // 4 - 2                                         # of one of four, beside lines of 2
+    data = diffusion_model.load_images("shapes", 8, 256)[0]
+    for column in range(4):
+        lower = pixels[:, size + 4:2 * size + 4, column * (size + 2) + 2:][:, ::size // 8, :size:size // 8]
+        assert any((data == way).flatten(1).all(dim=1).any() for way in (lower, lower.flip(2)))
     saved, averaged = torch.load(whole / "diffusion_model.pth", weights_only=True), state(whole)["ema"]
     assert saved["model_state_dict"].keys() == averaged.keys() and not list(whole.rglob("*.tmp"))
     assert all(same(tensor, averaged[name].half()) for name, tensor in saved["model_state_dict"].items())
@@ -374,9 +382,8 @@ def test_muon_of_kernels(memory_format):
 
 def test_options_of_any_make(here, whole):
     """From Python a Path, a device, lists and numbers of numpy will do: the run exports and can be resumed."""
-    import numpy
-    odd = dict(CONFIG, out=Path("run"), device=torch.device("cpu"), channel_mults=[numpy.int64(1), 2],
-               epochs=numpy.int64(1), lr=numpy.float64(4e-4))
+    odd = dict(CONFIG, out=Path("run"), device=torch.device("cpu"), channel_mults=[np.int64(1), 2],
+               epochs=np.int64(1), lr=np.float64(4e-4))
     diffusion_model.train(TrainConfig(**odd))
     diffusion_model.train(TrainConfig(**{**odd, "epochs": 2}))
     assert same(state("run")["model"].keys(), state(whole)["model"].keys()) and state("run")["step"] == 16
@@ -522,8 +529,9 @@ def test_an_epoch_is_one_shuffled_pass(here, monkeypatch, capsys):
     assert first != second and first != sorted(first)
     capsys.readouterr()
     assert train("--limit", 5, "--out", "few") == 0 and state("few")["step"] == 2
-    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("training"))
-    assert "batch 5 " in line and "--batch-size 32" in line
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "batch 5 " in lines["training"] and "--batch-size 32" in lines["training"]
+    assert "memorised" in lines["data"] and "nearest.png" in lines["data"]
 
 
 WRONG = """--epochs 0|--epochs 1.5|--epochs many|--epochs|--batch-size -1|--lr nan|--lr 0|--lr -1|--lr inf
