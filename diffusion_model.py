@@ -821,14 +821,13 @@ class TrainingRun:
     def train_step(self):
         """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
-        rank, count = self.processes.rank, self.processes.count
         first_seed = 1_000_003 * self.config.seed  # no two seeds share a step's numbers for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        torch.manual_seed((first_seed + self.step) * count + rank)  # for flips, t and noise
+        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)  # flips, t, noise
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
-        x, y = self.batch(whole_batch[rank::count])  # line 2: this process's share
+        x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
         with autocast(x.device):
             loss = self.loss_function(x, y)  # lines 3 to 5: the loss
         loss.backward()
