@@ -556,6 +556,7 @@ def restore_optimizer(optimizer, saved):
                 raise ValueError("the state of its optimisers does not fit the network")
 
 
+# The fields of TrainConfig that a SimpleDiffusion takes; a test compares them with its signature.
 MODEL_OPTIONS = ("image_size", "hidden_channels", "channel_mults", "num_res_blocks", "attention_levels", "num_heads",
                  "dropout", "n_steps", "schedule", "prediction", "t_distribution")
 
@@ -676,7 +677,7 @@ class Report:
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
         hint = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 else ""
-        copies = "; so few are memorised: see samples/nearest.png" if len(run.images) < 1000 else ""
+        copies = "; so few may be memorised: see samples/nearest.png" if len(run.images) < 1000 else ""
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
