@@ -144,7 +144,8 @@ def draw(args):
         save_grid(torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size))
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
     steps = len(model.diffusion.timesteps(args.sampler, args.steps))
-    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s: {args.sampler}, "
+    device = model.diffusion.betas.device
+    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s on {device}: {args.sampler}, "
           f"{'up to ' if args.init_image else ''}{steps} steps, guidance {options['guidance']:g}")
     gif = args.out.with_suffix(".gif") if args.denoising else None
     print("wrote", *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path))

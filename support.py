@@ -220,12 +220,14 @@ def save_grid(images, path, columns, scale=None):
 def most_alike(images, data, mirrored=True):
     """Of `data`, uint8 (M, C, S, S), the one nearest to each of `images` (N, C, S, S) in [0, 1]: -> like `images`.
 
-    mirrored: or nearest to its mirror image, which training shows as often.
+    mirrored: in either orientation, as training shows them: the mirror image, where that is nearer.
     """
     either_way = torch.cat([images, images.flip(3) if mirrored else images]).flatten(1)     # (2 N, C * S * S)
     parts = data.split(1 + 3_000_000 // data[0].numel())                    # of 12 MB each, as float32
     distances = torch.cat([torch.cdist(part.flatten(1) / 255, either_way) for part in parts])   # (M, 2 N)
-    return data[torch.minimum(*distances.chunk(2, dim=1)).argmin(dim=0)] / 255
+    (as_it_is, turned), (i, j) = (pair.chunk(2) for pair in distances.min(dim=0))
+    alike = data[torch.where(turned < as_it_is, j, i)] / 255
+    return torch.where((turned < as_it_is)[:, None, None, None], alike.flip(3), alike)
 
 
 class SingleFiles:

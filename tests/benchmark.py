@@ -6,10 +6,11 @@ Each side runs in a process of its own, the sides by turns, twice, and the media
 other things too the ratios mean something, the absolute numbers little. Two cores take some five minutes, more with
 --peers and --compile.
 
-- plain loop: the same network in float32 and contiguous memory, a DataLoader that normalises image by image, Adam,
-  loss.item() in every step, no moving average, glibc's memory as it is.
-- diffusers: its UNet2DModel in the loop of its own example (float32, DataLoader, AdamW, EMA), with three quarters of
-  our channels, so that it multiplies as often: its blocks on the way up are more and wider.
+- plain loop: the same network in contiguous memory, a DataLoader that normalises image by image, Adam, loss.item() in
+  every step, no moving average, glibc's memory as it is.
+- diffusers: its UNet2DModel in the loop of its own example (DataLoader, AdamW, EMA), with three quarters of our
+  channels, so that it multiplies as often: its blocks on the way up are more and wider.
+- Each in float32 and, where the device has it, in bfloat16 by torch.autocast.
 - plain sampling: 1000 ancestral steps in float32, of which a few dozen are timed.
 """
 import argparse
@@ -75,7 +76,7 @@ def train_ours(options):
     support.tune_torch()
     config = dm.TrainConfig(
         data="shapes", out=options.folder, image_size=IMAGE_SIZE, hidden_channels=options.hidden_channels,
-        batch_size=options.batch_size, epochs=100_000, compile=options.worker == "train_compiled")
+        batch_size=options.batch_size, epochs=100_000, compile=options.worker.startswith("compiled"))
     names = [str(i) for i in range(CLASSES)]
     return dm.TrainingRun(config, images, labels, names, support.Processes(dm.pick_device())).train_step
 
@@ -93,11 +94,6 @@ def batches(options):
         yield from loader
 
 
-def train_float32(options):
-    dm.has_bfloat16 = lambda device: False
-    return train_ours(options)
-
-
 def train_plain(options):
     device, data = dm.pick_device(), batches(options)
     network = dm.SimpleUNet(hidden_channels=options.hidden_channels, num_classes=CLASSES)
@@ -106,7 +102,8 @@ def train_plain(options):
 
     def step():
         x, y = next(data)
-        loss = diffusion(x.to(device), y.to(device))
+        with dm.autocast(device):
+            loss = diffusion(x.to(device), y.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,7 +132,9 @@ def train_diffusers(options):
         x = next(data)[0].to(device)
         noise = torch.randn_like(x)
         t = torch.randint(0, 1000, x.shape[:1], device=device)
-        loss = F.mse_loss(model(scheduler.add_noise(x, noise, t), t).sample, noise)
+        with dm.autocast(device):
+            prediction = model(scheduler.add_noise(x, noise, t), t).sample
+        loss = F.mse_loss(prediction.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -164,12 +163,17 @@ def sample_plain(options):
 
 # -- The processes, and the table -------------------------------------------------------------------------------------
 
-WORKERS = dict(train_ours=train_ours, train_float32=train_float32, train_compiled=train_ours, train_plain=train_plain,
-               train_diffusers=train_diffusers, sample_ours=sample_ours, sample_plain=sample_plain)
+TRAINING = dict(plain=("plain loop", train_plain), diffusers=("diffusers, its example's loop", train_diffusers),
+                ours=("this project", train_ours), compiled=("this project, --compile", train_ours))
+PRECISIONS = ("float32", "bfloat16")
+WORKERS = {f"{name}_{precision}": side for precision in PRECISIONS for name, (_, side) in TRAINING.items()}
+WORKERS |= dict(sample_plain=sample_plain, sample_ours=sample_ours)
 
 
 def work(options):
     """One side, in a process of its own: prints what it measured as one line of JSON."""
+    if options.worker.endswith("_float32"):
+        dm.has_bfloat16 = lambda device: False
     with contextlib.redirect_stdout(io.StringIO()):
         rate, count = timed(WORKERS[options.worker](options), options.seconds)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -199,20 +203,19 @@ def cpu_name():
 
 
 def report(found, options, parameters):
-    ours, theirs, sampling = found["train_ours"], found["sample_plain"], found["sample_ours"]
+    theirs, sampling = found["sample_plain"], found["sample_ours"]
     print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()}, {os.cpu_count()} cores, "
-          f"{ours['threads']:.0f} threads, torch {torch.__version__}")
+          f"{sampling['threads']:.0f} threads, torch {torch.__version__}")
     print(f"{parameters / 1e6:.1f} M parameters, {IMAGE_SIZE}x{IMAGE_SIZE} images, batch {options.batch_size}, "
           f"median of {ROUNDS} rounds\n")
     line = "{:36} {:>10.4g} {:>9} {:>6.0f}   {}".format
-    print(f"{'training':36} {'images/s':>10} {'steps/s':>9} {'timed':>6}   this project is")
-    for name, label in (("train_plain", "plain loop, float32"), ("train_diffusers", "diffusers, its example's loop"),
-                        ("train_float32", "this project in float32"), ("train_ours", "this project"),
-                        ("train_compiled", "this project, --compile")):
-        if name in found:
-            rate, ratio = found[name]["rate"], ours["rate"] / found[name]["rate"]
-            print(line(label, rate * options.batch_size, f"{rate:.3f}", found[name]["count"],
-                       f"{ratio:.1f} times as fast" if name != "train_ours" else ""))
+    print(f"{'training':36} {'images/s':>10} {'steps/s':>9} {'timed':>6}   in this precision, this project is")
+    for precision in PRECISIONS:
+        for name, (label, _) in TRAINING.items():
+            if result := found.get(f"{name}_{precision}"):
+                ratio = found[f"ours_{precision}"]["rate"] / result["rate"]
+                print(line(f"{label}, {precision}", result["rate"] * options.batch_size, f"{result['rate']:.3f}",
+                           result["count"], f"{ratio:.2f} times as fast" if name != "ours" else ""))
     plain, fast = theirs["rate"] / 1000 * 16, sampling["rate"] * 16
     print("\nsampling 16 images")
     print(line("1000 ancestral steps, float32", plain, "", theirs["count"],
@@ -239,8 +242,9 @@ def main():
         print("diffusers is not installed: going on without", file=sys.stderr)
         options.peers = False
 
-    workers = ["train_plain"] + ["train_diffusers"] * options.peers + ["train_float32", "train_ours"]
-    workers += ["train_compiled"] * options.compile + ["sample_plain", "sample_ours"]
+    sides = ["plain"] + ["diffusers"] * options.peers + ["ours"] + ["compiled"] * options.compile
+    precisions = PRECISIONS[:2 if dm.has_bfloat16(dm.pick_device()) else 1]
+    workers = [f"{side}_{precision}" for precision in precisions for side in sides] + ["sample_plain", "sample_ours"]
     with tempfile.TemporaryDirectory() as folder:
         model = dm.SimpleDiffusion(IMAGE_SIZE, hidden_channels=options.hidden_channels)
         model.save(Path(folder) / "untrained.pth")

@@ -17,6 +17,15 @@ import diffusion_model as dm
 import support
 from diffusion_model import DiffusionModel, SimpleDiffusion, SimpleUNet, TrainConfig, load_images, main, train
 
+# The flags of diffusion_model.py that make it each of them, all with these:
+COMMON = "--prediction noise --t-distribution uniform --unconditional"
+SETTINGS = {
+    "a. Simple Diffusion Model": "--n-steps 500",
+    "b. CIFAR-10 Diffusion Model": "--channel-mults 1 2 4 --num-res-blocks 3 --attention-levels 1 2",
+    "c. DDPM Diffusion Model for CIFAR-10": "--channel-mults 1 2 4 --attention-levels 1 2 --batch-size 128",
+    "d. Diffusion Model with CIFAR10": "--channel-mults 1 2 4 8 --num-heads 4 --attention-levels 1 2 3",
+    "e. Diffusion Models": "--image-size 64 --n-steps 500 --schedule cosine",  # its ResNet-18: networks.py
+}
 SMALL_RUN = dict(data="shapes", image_size=8, limit=32, batch_size=8, hidden_channels=8, device="cpu")
 
 
@@ -49,6 +58,14 @@ def full_size(**options):
     """A SimpleUNet of the true size, without memory or work: for its structure and its number of parameters."""
     with torch.device("meta"):
         return SimpleUNet(**options)
+
+
+@pytest.mark.parametrize("flags", SETTINGS.values(), ids=SETTINGS)
+def test_its_settings_are_flags(monkeypatch, flags):
+    given = []
+    monkeypatch.setattr(dm, "train", given.append)
+    main([*COMMON.split(), *flags.split()])
+    assert given[0].unconditional and (given[0].prediction, given[0].t_distribution) == ("noise", "uniform")
 
 
 def test_a_one_command_trains_shows_grids_and_writes_a_checkpoint(tmp_path, capsys):

@@ -94,16 +94,6 @@ def test_commands(workplace, lines):
             assert out.is_file()
 
 
-def test_settings_of_the_earlier_projects(monkeypatch):
-    """The flags in that table of the README are known."""
-    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith("| ") and "`--" in row]
-    monkeypatch.setattr(diffusion_model, "train", lambda config: None)
-    common, *settings = [[word for code in re.findall(r"`(--[^`]*)`", row) for word in code.split()] for row in rows]
-    assert len(settings) == 5
-    for flags in settings:
-        diffusion_model.main([*common, *flags])
-
-
 def test_other_commands_are_known():
     """Whatever is no command of ours is one of these, which other tests and .ci/run run."""
     ours = ("python diffusion_model.py", "python inference_example.py")
