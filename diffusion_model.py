@@ -2,7 +2,7 @@
 
     python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, samples/
     python inference_example.py      draws pictures from diffusion_model.pth
-    python diffusion_model.py --data FOLDER --init diffusion_model.pth --images 200000 --out my_own
+    python diffusion_model.py --data FOLDER --init diffusion_model.pth --out my_own
 
 The third trains on your own pictures. The same command again resumes an interrupted run. All flags: --help.
 The first made the released weights in 15 hours on two CPU cores (README.md: how good they are). From Python:

@@ -678,7 +678,7 @@ class Report:
 
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
-        hint = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 else ""
+        hint = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 and not config.init else ""
         copies = "; so few may be memorised: see samples/nearest.png" if len(run.images) < 1000 else ""
         few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
         names = run.model.class_names or []
