@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# What follows is needed in part 4 only.
+# The imports that follow are for part 4 only.
 import copy
 import sys
 import time
@@ -426,7 +426,7 @@ class DiffusionModel(nn.Module):
     def p_sample(self, x_t, t, y=None):
         """One step of Algorithm 2 (lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}."""
         x_0 = self.predict_x_start(x_t, t, y)
-        # Of Ho et al.'s two variances (section 3.2; they draw alike) the posterior's: it is 0 at t = 0.
+        # Of Ho et al.'s two variances (section 3.2: similar results), the posterior's, which is 0 at t = 0.
         return self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
@@ -746,7 +746,7 @@ def make_optimizers(network, lr):
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases, ...
-    # match_rms_adamw makes the updates about as large as AdamW's: so one lr serves both, 0.4 * lr for AdamW.
+    # match_rms_adamw makes Muon's updates about as large as AdamW's: one --lr sets both, AdamW's is 0.4 of it.
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
@@ -821,13 +821,14 @@ class TrainingRun:
     def train_step(self):
         """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
+        rank, count = self.processes.rank, self.processes.count
         first_seed = 1_000_003 * self.config.seed  # no two seeds share a step's numbers for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
-        torch.manual_seed((first_seed + self.step) * self.processes.count + self.processes.rank)  # flips, t, noise
+        torch.manual_seed((first_seed + self.step) * count + rank)  # flips, t, noise
         whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
-        x, y = self.batch(whole_batch[self.processes.rank::self.processes.count])  # line 2: this process's share
+        x, y = self.batch(whole_batch[rank::count])  # line 2: this process's share
         with autocast(x.device):
             loss = self.loss_function(x, y)  # lines 3 to 5: the loss
         loss.backward()

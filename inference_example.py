@@ -39,7 +39,7 @@ def batches(model, labels, first=0, seed=None, **options):
     Picture i is drawn with seed + i. options: those of SimpleDiffusion.sample; a tensor among them that has an entry
     for each picture is split as the pictures are.
     """
-    for begin in progress_bar(range(first, len(labels), BATCH), options.get("progress") and len(labels) > BATCH):
+    for begin in progress_bar(range(first, len(labels), BATCH), options.get("progress", True) and len(labels) > BATCH):
         part = slice(begin, begin + BATCH)
         y = None if None in labels[part] else labels[part]
         here = {name: value[part] if getattr(value, "ndim", 0) == 4 and len(value) == len(labels) else value
@@ -102,7 +102,7 @@ def layout(args, names):
     if not rows and (args.interpolate or not (args.n or args.denoising)):   # neither --class nor a number: a row each
         rows = names
     if rows:
-        n = args.n or (1 if args.denoising else max(1, min(8, GRID // len(rows))))
+        n = args.n or (1 if args.denoising and not args.interpolate else max(1, min(8, GRID // len(rows))))
         return [names.index(name) for name in rows for _ in range(n)], n
     n = args.n or (4 if args.denoising else 8 if args.interpolate else 16)
     columns = len(names) if 5 <= len(names) <= 16 and n % len(names) == 0 else math.ceil(math.sqrt(n))
@@ -130,7 +130,7 @@ def draw(args):
         options["x_T"] = interpolated_noise(model, *args.interpolate, columns).repeat(count // columns, 1, 1, 1)
     if args.denoising:
         options["callback"] = lambda i, t, *pair: moments.append(to_uint8((torch.stack(pair) + 1) / 2).cpu())
-        if count > BATCH or args.out.suffix == ".gif":
+        if count > BATCH or args.out.suffix.lower() == ".gif":
             raise ValueError(f"--denoising shows at most {BATCH} pictures; --out is the strip, the GIF goes beside it")
     single = SingleFiles(args.save_each, [names[label] if names else None for label in labels], keep=count > GRID)
     started = time.monotonic()

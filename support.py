@@ -181,7 +181,7 @@ def load_images(data, image_size=32, limit=None, out=None):
     try:
         # torchvision would begin an incomplete download again from nothing.
         if archive.exists() and not unpacked.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
-            raise ValueError(f"{archive} is incomplete")
+            raise ValueError(f"{archive} is incomplete, or damaged: then delete it")
         # With download=True it also unpacks an archive that was fetched by hand. Either way it checks the checksums.
         cifar = CIFAR10(root, train=True, download=data == "cifar10" or archive.exists())
     except Exception as error:  # no network, a full disk, a file cut off
@@ -220,14 +220,16 @@ def save_grid(images, path, columns, scale=None):
 def most_alike(images, data, mirrored=True):
     """Of `data`, uint8 (M, C, S, S), the one nearest to each of `images` (N, C, S, S) in [0, 1]: -> like `images`.
 
-    mirrored: in either orientation, as training shows them: the mirror image, where that is nearer.
+    mirrored: mirror images count as well, as training shows them; where one is nearest, that is returned.
     """
-    either_way = torch.cat([images, images.flip(3) if mirrored else images]).flatten(1)     # (2 N, C * S * S)
+    ways = [images, images.flip(3)] if mirrored else [images]
+    flat = torch.cat(ways).flatten(1)                                       # (ways * N, C * S * S)
     parts = data.split(1 + 3_000_000 // data[0].numel())                    # of 12 MB each, as float32
-    distances = torch.cat([torch.cdist(part.flatten(1) / 255, either_way) for part in parts])   # (M, 2 N)
-    (as_it_is, turned), (i, j) = (pair.chunk(2) for pair in distances.min(dim=0))
-    alike = data[torch.where(turned < as_it_is, j, i)] / 255
-    return torch.where((turned < as_it_is)[:, None, None, None], alike.flip(3), alike)
+    distances = torch.cat([torch.cdist(part.flatten(1) / 255, flat) for part in parts])     # (M, ways * N)
+    nearest, index = (found.view(len(ways), -1) for found in distances.min(dim=0))          # (ways, N)
+    way = nearest.argmin(dim=0)
+    alike = data[index.gather(0, way[None])[0]] / 255
+    return torch.where((way == 1)[:, None, None, None], alike.flip(3), alike)
 
 
 class SingleFiles:

@@ -42,6 +42,8 @@ IMAGE_SIZE, CLASSES, ROUNDS = 32, 10, 2
 def synchronize():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def timed(step, seconds):
@@ -208,8 +210,8 @@ def report(found, options, parameters):
           f"{sampling['threads']:.0f} threads, torch {torch.__version__}")
     print(f"{parameters / 1e6:.1f} M parameters, {IMAGE_SIZE}x{IMAGE_SIZE} images, batch {options.batch_size}, "
           f"median of {ROUNDS} rounds\n")
-    line = "{:36} {:>10.4g} {:>9} {:>6.0f}   {}".format
-    print(f"{'training':36} {'images/s':>10} {'steps/s':>9} {'timed':>6}   in this precision, this project is")
+    line = "{:40} {:>10.4g} {:>9} {:>6.0f}   {}".format
+    print(f"{'training':40} {'images/s':>10} {'steps/s':>9} {'timed':>6}   in this precision, this project is")
     for precision in PRECISIONS:
         for name, (label, _) in TRAINING.items():
             if result := found.get(f"{name}_{precision}"):

@@ -17,7 +17,7 @@ import diffusion_model as dm
 import support
 from diffusion_model import DiffusionModel, SimpleDiffusion, SimpleUNet, TrainConfig, load_images, main, train
 
-# The flags of diffusion_model.py that make it each of them, all with these:
+# The flags that make diffusion_model.py each of these projects, all of them with COMMON:
 COMMON = "--prediction noise --t-distribution uniform --unconditional"
 SETTINGS = {
     "a. Simple Diffusion Model": "--n-steps 500",
@@ -61,7 +61,7 @@ def full_size(**options):
 
 
 @pytest.mark.parametrize("flags", SETTINGS.values(), ids=SETTINGS)
-def test_its_settings_are_flags(monkeypatch, flags):
+def test_the_settings_of_each_are_flags(monkeypatch, flags):
     given = []
     monkeypatch.setattr(dm, "train", given.append)
     main([*COMMON.split(), *flags.split()])

@@ -516,7 +516,10 @@ def test_many_corrupt_pictures(capsys, monkeypatch):
     """Nine are named, the others counted; of several processes the first says so."""
     Path("data").mkdir()
     for i in range(26):
-        Image.new("RGB", (8, 8)).save(f"data/{i:02d}.png") if i % 2 else Path(f"data/{i:02d}.png").write_bytes(b"")
+        if i % 2:
+            Image.new("RGB", (8, 8)).save(f"data/{i:02d}.png")
+        else:
+            Path(f"data/{i:02d}.png").write_bytes(b"")
     assert len(load_images("data", 8)[0]) == 13
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and "16.png" in lines[8] and lines[9] == "skipped: 4 more"

@@ -165,6 +165,7 @@ def test_interpolation(here, sampler):
         plain, = draw_each(here / f"{row}", "-n", 1, "--seed", seed, "--class", name, "--sampler", sampler)
         assert close(rows[row], plain)
     assert len(draw_each(here / "none", "--checkpoint", "without_classes.pth", "--interpolate", 1, 2, "-n", 3)) == 3
+    assert len(draw_each(here / "steps", "--interpolate", 3, 11, "--class", "c", "--denoising")) == 8
 
 
 def test_interpolated_noise_is_as_strong_as_noise():
@@ -230,7 +231,7 @@ def test_what_has_no_meaning_changes_nothing(here, flags, plain):
     ("--init-image none.png", "none.png"), ("--init-image diffusion_model.pth", "not a readable picture"),
     ("--mask init.png", "a mask needs"), ("--init-image init.png --mask none.png", "none.png"),
     ("--denoising -n 17", "--denoising shows at most 16"), ("--denoising --out strip.gif", "--out"),
-    ("-n 401", "--save-each"),
+    ("--denoising --out strip.GIF", "--out"), ("-n 401", "--save-each"),
 ])
 def test_mistakes(here, capsys, args, word):
     """Each ends in one line that names the flag, before anything is written."""

@@ -144,7 +144,7 @@ def test_import_needs_torch_alone_and_does_nothing(tmp_path):
 def test_parts_0_to_3_in_a_project_of_ones_own(tmp_path):
     """Copied out of the file into an empty folder, they train, save, load and draw with torch alone."""
     parts = (ROOT / "diffusion_model.py").read_text().split("\n# 4. ")[0]
-    before, rest = parts.split("\n# What follows is needed in part 4 only.\n")
+    before, rest = parts.split("\n# The imports that follow are for part 4 only.\n")
     (tmp_path / "mine.py").write_text(before + rest[rest.index("# ---"):])
     shutil.copy(ROOT / "diffusion_model.py", tmp_path / "whole.py")  # so does the whole file without support.py
     for module, then, code in (("mine", "", 0), ("whole", "import whole\nwhole.main([])", 2)):

@@ -815,8 +815,8 @@ def test_machines_that_do_not_share_a_folder(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
-def test_64x64_with_default_flags_fits_in_two_gigabytes(tmp_path):
-    """The default network at batch 16: all of the process, from training to the grid of samples."""
+def test_memory_at_64x64_with_default_flags(tmp_path):
+    """At most 2 GB (in float32 2.5), at batch 16: all of the process, from training to the grid of samples."""
     # VmHWM is the peak since the program started. getrusage's would not do: it inherits the peak of pytest itself.
     code = ("import sys, diffusion_model\ndiffusion_model.main(sys.argv[1:])\n"
             "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
