@@ -131,7 +131,8 @@ def draw(args):
     if args.denoising:
         options["callback"] = lambda i, t, *pair: moments.append(to_uint8((torch.stack(pair) + 1) / 2).cpu())
         if count > BATCH or args.out.suffix.lower() == ".gif":
-            raise ValueError(f"--denoising shows at most {BATCH} pictures; --out is the strip, the GIF goes beside it")
+            raise ValueError(f"--denoising: at most {BATCH} pictures (-n, --class), here {count}; --out is the strip, "
+                             f"here {args.out}, and the GIF goes beside it")
     single = SingleFiles(args.save_each, [names[label] if names else None for label in labels], keep=count > GRID)
     started = time.monotonic()
     for batch in batches(model, labels, single.first, args.seed, **options):
@@ -144,9 +145,8 @@ def draw(args):
         save_grid(torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size))
     print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
     steps = len(model.diffusion.timesteps(args.sampler, args.steps))
-    device = model.diffusion.betas.device
-    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s on {device}: {args.sampler}, "
-          f"{'up to ' if args.init_image else ''}{steps} steps, guidance {options['guidance']:g}")
+    print(f"{count - single.first} pictures in {time.monotonic() - started:.1f} s on {model.diffusion.betas.device}: "
+          f"{args.sampler}, {'up to ' if args.init_image else ''}{steps} steps, guidance {options['guidance']:g}")
     gif = args.out.with_suffix(".gif") if args.denoising else None
     print("wrote", *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path))
 

@@ -168,6 +168,15 @@ def test_interpolation(here, sampler):
     assert len(draw_each(here / "steps", "--interpolate", 3, 11, "--class", "c", "--denoising")) == 8
 
 
+def test_a_bar_over_several_batches(here, monkeypatch):
+    """Unless told otherwise, as in SimpleDiffusion.sample."""
+    shown, model = [], diffusion_model.SimpleDiffusion.load("diffusion_model.pth", "cpu")
+    monkeypatch.setattr(inference_example, "progress_bar", lambda steps, show: shown.append(bool(show)) or steps)
+    for count, options in ((17, {}), (17, dict(progress=False)), (16, {})):
+        generate_images(model, count, steps=1, **options)
+    assert shown == [True, False, False]
+
+
 def test_interpolated_noise_is_as_strong_as_noise():
     """The norms lie within 2 % of those of the ends; in the middle of the straight line it would be 0.71 of them."""
     noise = interpolated_noise(diffusion_model.SimpleDiffusion(32, **TINY), 3, 8)
@@ -230,8 +239,9 @@ def test_what_has_no_meaning_changes_nothing(here, flags, plain):
     ("--init-image init.png --strength 1.5", "--strength"), ("--init-image init.png --strength nan", "--strength"),
     ("--init-image none.png", "none.png"), ("--init-image diffusion_model.pth", "not a readable picture"),
     ("--mask init.png", "a mask needs"), ("--init-image init.png --mask none.png", "none.png"),
-    ("--denoising -n 17", "--denoising shows at most 16"), ("--denoising --out strip.gif", "--out"),
+    ("--denoising -n 17", "--denoising: at most 16"), ("--denoising --out strip.gif", "--out"),
     ("--denoising --out strip.GIF", "--out"), ("-n 401", "--save-each"),
+    ("--denoising --interpolate 1 2 --class a b c", "at most 16 pictures (-n, --class), here 24"),
 ])
 def test_mistakes(here, capsys, args, word):
     """Each ends in one line that names the flag, before anything is written."""

@@ -333,6 +333,8 @@ def test_no_float64_is_made_where_mps_would_make_it(sampler):
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), options=None):
             called.append(function)
+            given = options or {}
+            assert given.get("dtype") is not torch.float64 or given.get("device") == "cpu"
             assert function is not torch.Tensor.to
             assert function is not torch.Tensor.double or torch.Tensor.cpu in called
             return function(*args, **(options or {}))
