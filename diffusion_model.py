@@ -1,24 +1,24 @@
 """A diffusion model for CIFAR-10 in one readable file: network, process, samplers and training.
 
-    python diffusion_model.py        trains: downloads CIFAR-10, writes diffusion_model.pth, samples/
-    python inference_example.py      draws pictures from diffusion_model.pth
+    python diffusion_model.py       trains: downloads CIFAR-10, writes diffusion_model.pth, samples/
+    python inference_example.py     draws pictures from diffusion_model.pth
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --out my_own
 
-The third trains on your own pictures. The same command again resumes an interrupted run. All flags: --help.
-The first made the released weights in 15 hours on two CPU cores (README.md: how good they are). From Python:
+The third trains on your own pictures. The same command again resumes an interrupted run. All flags:
+--help. The first made the released weights in 15 hours on two CPU cores. From Python:
 
     from diffusion_model import SimpleDiffusion
-    images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2, seed=0)  # (10, 3, 32, 32) in [0, 1]
+    images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2)  # (10, 3, 32, 32) in [0, 1]
 
-Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn), 3 both in
-one model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied. Data, pictures and
-flags are in support.py. Images are in [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
+Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn),
+3 both in one model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied.
+Data, pictures, flags: support.py. Images are in [-1, 1]; SimpleDiffusion.sample returns [0, 1].
 
-Equations and algorithms without a name are those of Ho et al. 2020, Denoising Diffusion Probabilistic Models
-(arXiv 2006.11239). The others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021
-(2010.02502: DDIM), Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598:
-guidance), Karras et al. 2022 (2206.00364: noise levels to train on), Lu et al. 2022 (2211.01095:
-DPM-Solver++), Kynkaanniemi et al. 2024 (2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time
+Equations and algorithms without a name are those of Ho et al. 2020, DDPM (arXiv 2006.11239). The
+others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502: DDIM),
+Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Karras
+et al. 2022 (2206.00364: noise levels to train on), Lu et al. 2022 (2211.01095: DPM-Solver++),
+Kynkaanniemi et al. 2024 (2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time
 embedding), Jordan et al. 2024 (Muon).
 """
 import contextlib
@@ -115,7 +115,7 @@ def brief(error):
 def time_embedding(t, width):
     """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) -> (B, width) float32."""
     half = (width + 1) // 2  # rounded up: width may be odd
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     angles = t.float()[:, None] * frequencies  # (B, half); in bfloat16 neighbours would be equal
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]  # their order does not matter
 
@@ -138,7 +138,7 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention between the pixels of an image, added to it: x (B, C, H, W) -> like x."""
+    """Multi-head self-attention of an image's pixels, added to it: x (B, C, H, W) -> like x."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
@@ -163,7 +163,7 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, between which time and class scale and shift the features; then attention, if any.
+    """Two convolutions, between them a scale and shift by time and class; then attention, if any.
 
     forward(x, emb): x (B, channels, H, W), emb (B, time_dim) -> (B, channels, H, W)
     """
@@ -189,9 +189,9 @@ class ResidualBlock(nn.Module):
 class SimpleUNet(nn.Module):
     """The network: noisy images and their timesteps in, a prediction of the same shape out.
 
-    forward(x, t, y=None): x (B, in_channels, H, W), t (B,) int64 in 0..n_steps-1, y (B,) int64 -> like x.
-    Label num_classes is the null label ("no class"); y=None means null for every image. Raises ValueError if
-    H or W is not a multiple of 2**(levels - 1), or if labels are given to a network without classes.
+    forward(x, t, y=None): x (B, in_channels, H, W), timesteps t and labels y (B,) int64 -> like x.
+    Label num_classes is the null label ("no class"); y=None means null for every image. ValueError
+    if H or W is not a multiple of 2**(levels - 1), or if a network without classes is given labels.
     """
 
     def __init__(self,
@@ -230,7 +230,7 @@ class SimpleUNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         # One row more than there are classes: the null label's.
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
-        # On level 0 the entry reads the image and the exit writes it; on the others they halve and double the size.
+        # Entry and exit read and write the image on level 0, halve and double the size elsewhere.
         to_image = zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))
         entries = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
         exits = [nn.Sequential(group_norm(widths[0]), nn.SiLU(), to_image)]
@@ -273,20 +273,20 @@ class SimpleUNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 2. The diffusion process and its samplers: DiffusionModel
 #
-# Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (in the papers: q(x_t | x_0)), and
-# teach the network to tell the two apart. The timestep t, drawn anew for each image, sets both factors: as it
-# grows to T, alpha falls from nearly 1 to nearly 0, and sigma = sqrt(1 - alpha^2) rises: x_T is almost noise.
-# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing that estimate
-# with a little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps because the
-# estimate is the mean of all images that x_t may have come from: the more noise, the more blurred is that mean.
+# Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (q(x_t | x_0)), and teach
+# the network to tell the two apart. The timestep t, drawn for each image, sets both factors: as it
+# grows to T, alpha falls to nearly 0, and sigma = sqrt(1 - alpha^2) rises: x_T is almost noise.
+# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing it
+# with a little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps:
+# the estimate is the mean of all images that x_t may come from, the blurrier the more noise.
 #
-# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0; with x_t, either
-# gives x_0. From the noise that takes a division by alpha (0.006 at the last t of the linear schedule), which
-# multiplies errors; from v, none. v is nearly the noise at small t and nearly -x_0 at large t: whichever x_t hides.
+# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0. To
+# get x_0 from the noise takes a division by alpha (0.006 at the linear schedule's last t), which
+# multiplies errors; from v, none. v is nearly the noise at small t, -x_0 at large: what x_t hides.
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
-    """beta of each step x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64 < 1."""
+    """beta in x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64."""
     exact = dict(dtype=torch.float64, device="cpu")
     if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is always noise
         betas = torch.linspace(beta_start, beta_end, n_steps, **exact) * (1000 / n_steps)
@@ -302,16 +302,16 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
 class DiffusionModel(nn.Module):
     """The forward process q, the training loss and the reverse process p, around any network.
 
-    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y (B,) int64
-    are its third argument, where they are given. For guidance, its attribute num_classes is the null label.
+    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y
+    (B,) int64 come third, where there are any. For guidance, model.num_classes is the null label.
     schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps.
-    prediction: the network's: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    t_distribution: how training draws t: "uniform" (Algorithm 1), or "lognormal": those around the noise
-    levels where there is most to learn (Karras et al. 2022). Raises ValueError if an option is out of range.
+    prediction: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
+    t_distribution: of training: "uniform" (Algorithm 1), or "lognormal": around the noise levels
+    where there is most to learn (Karras et al. 2022). ValueError if an option is out of range.
 
-    Timesteps count from 0: t = 0 is the papers' t = 1, and t = -1 stands for the clean image, which is called
-    x_start where it is given and x_0 where it is estimated. alpha^2 is alphas_cumprod, the product of 1 - beta
-    up to t. (alpha_t is 1 - beta_t in Ho et al., and our alpha^2 in DDIM.)
+    Timesteps count from 0: t = 0 is the papers' t = 1, and t = -1 is the clean image, called
+    x_start where it is given and x_0 where it is estimated. alpha^2 is alphas_cumprod, the product
+    of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., and our alpha^2 in DDIM.)
     """
 
     def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear",
@@ -327,7 +327,7 @@ class DiffusionModel(nn.Module):
         self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end,
                            schedule=schedule, prediction=prediction, t_distribution=t_distribution)
         self.n_steps = n_steps
-        # In float64, as a thousand factors near 1 are multiplied; on the CPU, as MPS has no float64.
+        # float64, as a thousand factors near 1 are multiplied; on the CPU, as MPS has no float64.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # its root, by which samplers divide, would be 0 in float32
@@ -335,7 +335,7 @@ class DiffusionModel(nn.Module):
         if alphas_cumprod[-1] > 0.01:
             warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end")
         tables = dict(
-            betas=betas, alphas_cumprod=alphas_cumprod,  # for your own loops, as is the last (eq. 7)
+            betas=betas, alphas_cumprod=alphas_cumprod,  # for your own loops, like the last (eq. 7)
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma: that of the noise
             lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,  # log(alpha / sigma)
@@ -344,7 +344,7 @@ class DiffusionModel(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def alpha_sigma(self, t):
-        """The factors in x_t = alpha * x_0 + sigma * noise: t an int or (B,) -> two (B, 1, 1, 1)."""
+        """Factors in x_t = alpha * x_0 + sigma * noise: t an int or (B,) -> two (B, 1, 1, 1)."""
         # 1 and 0, of the clean image, come first: t = -1 finds them, and t = n_steps is an error.
         alphas = F.pad(self.sqrt_alphas_cumprod, (1, 0), value=1.0)
         sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (1, 0), value=0.0)
@@ -353,7 +353,7 @@ class DiffusionModel(nn.Module):
     # ---- Training: Algorithm 1
 
     def draw_timesteps(self, count):
-        """Timesteps to train on: -> (count,) int64, one in each of `count` equally likely ranges."""
+        """Draw timesteps: -> (count,) int64, one in each of `count` equally likely ranges."""
         device = self.betas.device
         # Stratified: each is as likely as if drawn alone, but the loss varies less between batches.
         quantiles = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
@@ -362,24 +362,24 @@ class DiffusionModel(nn.Module):
         # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8
         # (theirs: -1.2) was the best of those tried (tests/MEASURED.md). Half of all uniform t of
         # the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
-        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # the normal's quantiles
+        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # a normal's quantiles
         midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2  # ln(sigma / alpha) between two t
         return torch.searchsorted(midpoints, wanted)  # the timestep nearest to each
 
     def q_sample(self, x_start, t, noise=None):
-        """Draw x_t from q(x_t | x_0) (eq. 4): x_start (B, C, H, W), t an int or (B,) -> like x_start."""
+        """x_t ~ q(x_t | x_0) (eq. 4): x_start (B, C, H, W), t an int or (B,) -> like x_start."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_start + sigma * noise
 
     def predict(self, x_t, t, y=None):
-        """The network's output, in float32. Any network will do: without y it gets no third argument."""
+        """The output of the network (of any: without y it gets no third argument), in float32."""
         return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
 
     def forward(self, x_start, y=None, t=None, noise=None):
         """The training loss (eq. 14; predicting v weights each term by 1 / alpha^2): -> scalar.
 
-        x_start: (B, C, H, W) in [-1, 1]. y: labels (B,) or None. t (B,) and noise, like x_start: drawn if None.
+        x_start: (B, C, H, W) in [-1, 1]. y: (B,). t (B,) and noise (like x_start): drawn if None.
         """
         t = self.draw_timesteps(len(x_start)) if t is None else t  # Algorithm 1, line 3
         noise = torch.randn_like(x_start) if noise is None else noise  # line 4
@@ -394,7 +394,7 @@ class DiffusionModel(nn.Module):
         """Estimate x_0: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # away from "no class": Ho and Salimans 2022, eq. 6, for noise or v; guidance is 1 + w
+        else:  # away from "no class": Ho and Salimans 2022, eq. 6, of noise or v; guidance is 1 + w
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
             conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
@@ -415,18 +415,18 @@ class DiffusionModel(nn.Module):
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Not the network's noise: once x_0 is clipped or extrapolated, that no longer adds up to x_t.
+        # Not the network's noise: with a clipped or extrapolated x_0, that does not add up to x_t.
         noise = (x_t - alpha_t * x_0) / sigma_t  # eq. 4, solved for the noise
         # 1 - (alpha_t / alpha_s)^2, the beta of the whole way from s to t, accurate where small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t; eta 1: sqrt(posterior_variance)
+        spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t (eta 1: eq. 7's)
         return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
         """One step of Algorithm 2 (lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}."""
         x_0 = self.predict_x_start(x_t, t, y)
-        # Of Ho et al.'s two variances (section 3.2: similar results), the posterior's, which is 0 at t = 0.
+        # Of the two variances of section 3.2 (similar results) the posterior's, 0 at t = 0.
         return self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
@@ -442,7 +442,7 @@ class DiffusionModel(nn.Module):
             return torch.linspace(self.n_steps - 1, 0, steps, **exact).round().int().tolist()
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
         lambdas = self.lambdas.cpu().double()  # in this order, as MPS has no float64
-        # The noisiest timesteps of cosine show nothing of the image: begin at -5.1 (as that code does for all).
+        # Cosine's noisiest t show nothing of the image: begin at -5.1 (as that code does for all).
         start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, **exact)
         return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)  # none twice
@@ -451,14 +451,14 @@ class DiffusionModel(nn.Module):
                strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 in [-1, 1].
 
-        sampler: a name in SAMPLERS, below. steps: how many, up to n_steps (dpm++ skips repeats); None: default.
-        y: labels (N,); None: no class. guidance: 1 as trained; above 1 more typical of the class, in twice the
-        time, and applied only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
-        seed: image i is drawn from seed + i, whatever the batch; None: random. torch's random state is not used.
-        init_image (N, C, H, W) in [-1, 1], strength in 0..1: start from it, noised that far; 0 returns it.
+        sampler: a name in SAMPLERS. steps: up to n_steps (dpm++ skips repeats); None: the sampler's.
+        y: labels (N,) or None. guidance: 1 as trained; above 1 more typical of the class, in
+        twice the time, where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
+        seed: image i is drawn from seed + i in any batch (not torch's random state); None: random.
+        init_image (N, C, H, W) in [-1, 1]: start from it, noised by strength (0..1; 0 returns it).
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
         x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar.
-        callback(i, t, x_t, x_0): called in step i, with the estimate x_0. ValueError if options do not fit.
+        callback(i, t, x_t, x_0): called in step i, x_0 estimated. ValueError if options do not fit.
         """
         device = self.betas.device
         y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
@@ -496,13 +496,13 @@ class DiffusionModel(nn.Module):
         return x_t.clone()  # outside of inference mode, so that it can be used in training too
 
     def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
-        """The options of `sample`, as tensors on the device. ValueError if they do not fit together."""
+        """The options of `sample`, as tensors on the device. ValueError if they do not fit."""
         def check(name, value, wanted, low, high, dtype=torch.float32):
             if value is None:
                 return None
             value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
             if name == "mask":
-                with contextlib.suppress(RuntimeError):  # one that cannot be broadcast is refused below
+                with contextlib.suppress(RuntimeError):  # a misfit is refused below
                     value = value.expand(wanted)
             if value.shape != torch.Size(wanted):
                 raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
@@ -510,7 +510,7 @@ class DiffusionModel(nn.Module):
                 raise ValueError(f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}")
             return value
 
-        num_classes = getattr(self.model, "num_classes", None)  # a network of your own may have none
+        num_classes = getattr(self.model, "num_classes", None)  # your network may have none
         if guidance != 1 and (y is None or num_classes is None):
             raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
         if mask is not None and init_image is None:
@@ -523,7 +523,7 @@ class DiffusionModel(nn.Module):
 
 
 class Step(NamedTuple):
-    """The first arguments of DiffusionModel.step: x_t, the estimate x_0 from it, timestep t, the next one s."""
+    """The first arguments of DiffusionModel.step: x_t, x_0 estimated from it, t and the next, s."""
     x_t: torch.Tensor
     x_0: torch.Tensor
     t: int
@@ -531,7 +531,7 @@ class Step(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """One entry of the table of samplers. One of your own, Heun's (Karras et al. 2022, Algorithm 1):
+    """An entry of the table of samplers. One of your own, Heun's (Karras et al. 2022, Algorithm 1):
 
         def heun(process, now, before, denoise):
             x_0_at_s = denoise(process.step(*now), now.s)  # one more call of the network
@@ -543,7 +543,7 @@ class Sampler(NamedTuple):
     steps: int    # how many by default; None: n_steps
     even_in: str  # what the timesteps are evenly spaced in: "t", or "lambda", log(alpha / sigma)
     eta: float    # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2
-    # aim(process, now, before, denoise) -> the clean image to head for (the last step heads for x_0).
+    # aim(process, now, before, denoise) -> the clean image to head for (the last step: x_0).
     # now, before: this Step and the last one, or None. denoise(x_t, t) -> x_0.
     aim: Callable = lambda process, now, before, denoise: now.x_0
 
@@ -552,7 +552,7 @@ def aim_ahead(process, now, before, denoise):
     """D of DPM-Solver++(2M) (Lu et al. 2022): x_0 extrapolated to the middle of the step."""
     if before is None:
         return now.x_0
-    # `step` with eta 0 is theirs: D's weight alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
+    # `step` with eta 0 is theirs: alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
     h = process.lambdas[now.s] - process.lambdas[now.t]
     h_before = process.lambdas[now.t] - process.lambdas[before.t]
     return now.x_0 + (now.x_0 - before.x_0) * h / (2 * h_before)  # their r is h_before / h
@@ -566,8 +566,8 @@ SAMPLERS = {
 
 
 def noise_of_seeds(shape, seed, device):
-    """A function that draws noise (N, ...): image i from seed + i, whatever the batch and the device."""
-    seed = torch.Generator().seed() % 2**31 if seed is None else seed  # seed() draws one from the system
+    """A function that draws noise (N, ...): image i from seed + i, in any batch, on any device."""
+    seed = torch.Generator().seed() % 2**31 if seed is None else seed  # from the system
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     return lambda: torch.stack([torch.randn(shape[1:], generator=g, device="cpu") for g in generators]).to(device)
 
@@ -579,8 +579,8 @@ def noise_of_seeds(shape, seed, device):
 class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained and saved.
 
-    With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and draws t
-    lognormally. unet_options: of SimpleUNet. By default the last level has attention if it is at most 16x16.
+    With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and
+    draws t lognormally. unet_options: of SimpleUNet; attention: by default on a last level up to 16x16.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear",
@@ -601,7 +601,7 @@ class SimpleDiffusion(nn.Module):
         self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution)
 
     @property
-    def network(self):  # a property, as an attribute would put the weights into the state dict twice
+    def network(self):  # an attribute would put the weights into the state dict twice
         return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)  # of torch.compile
     model = network  # as DiffusionModel calls it
 
@@ -610,19 +610,19 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """Draw (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample, images there in [-1, 1]."""
+        """Draw (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample (in [-1, 1])."""
         shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
     def save(self, path="diffusion_model.pth", **info):
-        """Write the weights (float16; a run's are averaged) and what rebuilds the model. info: for humans."""
+        """Write the weights, in float16, and what rebuilds the model. info: more, for humans."""
         weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
         write(dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
                    model_state_dict=weights, image_size=self.image_size, class_names=self.class_names), path)
 
     @classmethod
     def load(cls, path="diffusion_model.pth", device=None):
-        """Read what `save` wrote, onto `device` (None: the best), in eval mode. ValueError or OSError."""
+        """Read what `save` wrote, in eval mode, to `device` (None: best). ValueError or OSError."""
         with reading(path) as saved:
             config = saved["model_config"]
             weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # torch.compile's, DDP's
@@ -631,7 +631,7 @@ class SimpleDiffusion(nn.Module):
                 raise ValueError("it is from this project's first release, whose network had other parts")
             if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):
                 raise ValueError("it claims more blocks than it holds weights")  # building would never end
-            with torch.device("meta"):  # the file can claim any size: take memory only for what it holds
+            with torch.device("meta"):  # a file can claim any size: take memory for what it holds
                 model = cls(**config, **saved["diffusion_config"], image_size=saved["image_size"],
                             class_names=saved["class_names"])
             model.network.load_state_dict(weights, assign=True)
@@ -641,7 +641,7 @@ class SimpleDiffusion(nn.Module):
 
 # ---- The files: written whole or not at all, and read as if anybody may have written them
 def write(contents, path):
-    """torch.save, but `path` keeps what it held until the new is on the disk. Errors are OSErrors."""
+    """torch.save, but `path` keeps what it held until the new is on disk. Errors are OSErrors."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -660,11 +660,11 @@ def write(contents, path):
 
 @contextlib.contextmanager
 def reading(path, remedy="give a diffusion_model.pth"):
-    """Yield what `write` wrote to `path`. If it is damaged or does not fit the block: ValueError."""
+    """Yield what `write` wrote to `path`. ValueError: it is damaged or does not fit the block."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        # torch.load checks no checksums and would unpack a compressed file (ours is not) to any size.
+        # torch.load checks no checksums, and unpacks a compressed file (ours is not) to any size.
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
                 raise ValueError("its checksums or sizes are wrong")
@@ -679,15 +679,15 @@ def reading(path, remedy="give a diffusion_model.pth"):
 
 
 def check_contents(value, depth=0):
-    """Refuse all but finite tensors and numbers, strings, and a few levels of lists and dicts of them."""
+    """Refuse all but finite tensors and numbers, strings, and some levels of lists and dicts."""
     if isinstance(value, torch.Tensor):
-        # A tensor of stride 0 repeats one number: it can claim terabytes that the file does not hold.
+        # A tensor of stride 0 repeats one number: it can claim terabytes that no file holds.
         repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
         if repeats or value.is_complex() or not value.isfinite().all():
             raise ValueError("a tensor does not hold finite numbers")
     elif isinstance(value, dict):
         check_contents([*value, *value.values()], depth)
-    elif isinstance(value, (list, tuple)) and depth < 6:  # deeper: a short pickle can nest without end
+    elif isinstance(value, (list, tuple)) and depth < 6:  # a short pickle can nest without end
         for entry in value:
             check_contents(entry, depth + 1)
     elif not (type(value) in (bool, int, str, type(None)) or type(value) is float and math.isfinite(value)):
@@ -699,13 +699,13 @@ def check_contents(value, depth=0):
 
 
 def option(default, meaning, least=-math.inf, below=math.inf):
-    """A field of TrainConfig. least and below: bounds of its numbers, where the classes above check none."""
+    """A field of TrainConfig. least, below: bounds of its numbers, if no class above has any."""
     return field(default=default, metadata=dict(meaning=meaning, least=least, below=below))
 
 
 @dataclass
 class TrainConfig:
-    """Every option of a run. The flags are the same names with dashes: image_size is --image-size."""
+    """Every option of a run. The flags are these names with dashes: image_size is --image-size."""
     data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
     out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
     init: str = option(None, "begin with this checkpoint's network and weights; resuming reads it again, so keep it")
@@ -741,33 +741,33 @@ class TrainConfig:
 
 
 def make_optimizers(network, lr):
-    """Muon (Jordan et al. 2024) for what maps features to features, AdamW for the rest: -> a list of both."""
+    """Muon (Jordan et al. 2024) for what maps features to features, AdamW for the rest: -> both."""
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases, ...
-    # match_rms_adamw makes Muon's updates about as large as AdamW's: one --lr sets both, AdamW's is 0.4 of it.
+    # match_rms_adamw: updates about as large as AdamW's. So one lr sets both, AdamW's at 0.4 of it.
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
 
 def learning_rate(step, total_steps, peak):
-    """Linear warm-up over 500 steps (5 % of a short run), times a cosine that falls to 0. step: from 0."""
+    """Linear warm-up over 500 steps (5 % of a short run), times a cosine to 0. step: from 0."""
     warmup = min(500, max(1, total_steps // 20))
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Update the average after step number `step`, from 1: the last 3 % of the steps so far are half of it."""
+    """Update the average after step `step`, from 1: the last 3 % of steps so far are half of it."""
     decay = 0.5 ** (1 / (0.03 * step))  # decay ** (0.03 * step) is 1/2
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # all in one call
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # in one call
     for ours, theirs in zip(ema.buffers(), model.buffers()):  # a network of your own may have some
         ours.copy_(theirs)
 
 
 def training_batch(images, labels, index, num_classes, flip=True):
-    """The images at `index`, half of them flipped, one label in ten dropped: -> x in [-1, 1], y or None."""
+    """The images at `index`, half flipped, one label in ten dropped: -> x in [-1, 1], y or None."""
     x = support.from_uint8(images[index])
     if flip:
         flipped = torch.rand(len(index), device=x.device) < 0.5
@@ -783,7 +783,7 @@ def training_batch(images, labels, index, num_classes, flip=True):
 class TrainingRun:
     """A run: the network, its average, the optimisers, and how far they have come.
 
-    A step's random numbers follow from seed, step and rank (which of how many processes it is) alone. So a run
+    A step's random numbers follow from seed, step and process (which of how many) alone. So a run
     that was stopped anywhere goes on as if it had not been, and no random state has to be saved.
     """
 
@@ -792,7 +792,7 @@ class TrainingRun:
         self.processes = processes  # support.Processes
         self.out = Path(config.out).resolve()
         self.batch_size = processes.shared(config.batch_size, len(images))
-        self.steps_per_epoch = len(images) // self.batch_size  # what fills no batch waits for another epoch
+        self.steps_per_epoch = len(images) // self.batch_size  # the rest waits for another epoch
         epochs = config.epochs if config.images is None else config.images / self.steps_per_epoch / self.batch_size
         self.epochs = max(1, round(epochs))
         self.total_steps = self.epochs * self.steps_per_epoch
@@ -800,10 +800,10 @@ class TrainingRun:
         self.model = support.begin_model(SimpleDiffusion, config, images.shape[1], class_names)
         self.origin = support.origin_of(config.init)  # for model_info.json
         self.model.to(processes.device, memory_format=memory_format(processes.device))
-        # All of the data as uint8 on the device: a batch is an index away, and no worker process is needed.
+        # All data as uint8 on the device: a batch is an index away, and needs no worker process.
         self.images = support.with_channels(images, self.model.network.config["in_channels"]).to(processes.device)
         self.labels = None if self.model.class_names is None else labels.to(processes.device)
-        # The moving average of the weights draws better pictures than any one step's: it is what is exported.
+        # The weights' moving average draws better pictures than any step's: it is what is exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model.network, config.lr)
         self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -819,10 +819,10 @@ class TrainingRun:
         return training_batch(self.images, self.labels, index, self.model.network.num_classes, not self.config.no_flip)
 
     def train_step(self):
-        """One pass through the loop of Algorithm 1. Lines 3, 4 and the loss in 5 are in DiffusionModel.forward."""
+        """One pass of Algorithm 1's loop. Lines 3, 4 and the loss in 5: DiffusionModel.forward."""
         epoch, i = divmod(self.step, self.steps_per_epoch)
         rank, count = self.processes.rank, self.processes.count
-        first_seed = 1_000_003 * self.config.seed  # no two seeds share a step's numbers for 10^6 steps
+        first_seed = 1_000_003 * self.config.seed  # no two seeds share numbers for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
             self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
@@ -832,7 +832,7 @@ class TrainingRun:
         with autocast(x.device):
             loss = self.loss_function(x, y)  # lines 3 to 5: the loss
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # a rare bad batch does little harm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # bad batches do little harm
         for optimizer, peak_rates in zip(self.optimizers, self.peak_rates):
             for group, peak in zip(optimizer.param_groups, peak_rates):
                 group["lr"] = learning_rate(self.step, self.total_steps, peak)
@@ -843,7 +843,7 @@ class TrainingRun:
         self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan if the gradient is bad
 
     def fetch_losses(self):
-        """The losses of this epoch's steps as numbers (it waits for the GPU). FloatingPointError if not finite."""
+        """The losses of this epoch's steps (waits for a GPU). FloatingPointError if not finite."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
@@ -869,7 +869,7 @@ class TrainingRun:
         self.saved_at = self.seconds
 
     def resume(self):
-        """Go on from what `save` wrote: -> whether there was a state. ValueError if it is of another run."""
+        """Go on from what `save` wrote: -> whether it did. ValueError if it is of another run."""
         path = self.out / "training_state.pth"
         if self.config.restart or not path.exists():
             return False
@@ -894,7 +894,7 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()  # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        # In another memory format the columns of Muon's matrices are in another order: the optimisers start afresh.
+        # Another memory format orders the columns of Muon's matrices otherwise: begin afresh.
         if state["memory_format"] == str(memory_format(self.images.device)):
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
@@ -903,12 +903,12 @@ class TrainingRun:
 def train(config, make_optimizers=make_optimizers):
     """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights.
 
-    make_optimizers(network, lr) -> a list of optimisers of your own. Raises ValueError or OSError for a wrong
-    option, data set or file, FloatingPointError if the loss is not finite, SystemExit (130, 143) once stopped.
+    make_optimizers(network, lr) -> a list of your own. ValueError or OSError: a wrong option, data
+    set or file. FloatingPointError: the loss is not finite. SystemExit (130, 143): once stopped.
     """
     support.tune_torch()
     processes = support.Processes(pick_device(config.device))
-    support.begin_model(SimpleDiffusion, config, 3, None)  # to report wrong options before the data is read
+    support.begin_model(SimpleDiffusion, config, 3, None)  # wrong options: before the data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
         images, labels, class_names = load_images(config.data, config.image_size, config.limit, config.out)
     run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
@@ -919,16 +919,16 @@ def train(config, make_optimizers=make_optimizers):
         return run.ema
     report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
     started = time.monotonic() - run.seconds  # as if there had been no break
-    with report.bar, support.stop_signals() as received:  # notes the first Ctrl-C; a second ends at once, unsaved
+    with report.bar, support.stop_signals() as received:  # a second Ctrl-C ends at once, unsaved
         while run.step < run.total_steps:
             run.train_step()
             run.seconds = time.monotonic() - started
             report.step()
             epoch_done = run.step % run.steps_per_epoch == 0
             if epoch_done:
-                report.epoch(run.end_epoch())  # prints a line; every few epochs exports and draws samples
-            stop = processes.largest(received[0] if received else 0)  # the signal that any process got, or 0
-            # A crash or a second Ctrl-C costs at most five minutes; not every short epoch is worth a file.
+                report.epoch(run.end_epoch())  # prints; every few epochs exports and samples
+            stop = processes.largest(received[0] if received else 0)  # of any process; 0: none
+            # A crash costs at most five minutes; not every short epoch is worth a file.
             seconds_at_risk = min(20, run.seconds / 10) if epoch_done else 300
             if stop or run.step == run.total_steps or run.seconds - run.saved_at > seconds_at_risk:
                 run.save()
