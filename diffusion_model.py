@@ -12,7 +12,7 @@ The third trains on your own pictures. The same command again resumes an interru
 
 Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn),
 3 both in one model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied.
-Data, pictures, flags: support.py. Images are in [-1, 1]; SimpleDiffusion.sample returns [0, 1].
+Data, pictures, flags: support.py. Images: [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
 
 Equations and algorithms without a name are those of Ho et al. 2020, DDPM (arXiv 2006.11239). The
 others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502: DDIM),
@@ -115,7 +115,7 @@ def brief(error):
 def time_embedding(t, width):
     """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) -> (B, width) float32."""
     half = (width + 1) // 2  # rounded up: width may be odd
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device).float() / half)
     angles = t.float()[:, None] * frequencies  # (B, half); in bfloat16 neighbours would be equal
     return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]  # their order does not matter
 
@@ -242,7 +242,7 @@ class SimpleUNet(nn.Module):
         self.up = nn.ModuleList()  # the last level first
         for width, depth, heads, entry, leave in zip(widths, depths, level_heads, entries, exits):
             self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
-            merges = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in range(depth))  # features and skip
+            merges = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in range(depth))  # x and skip
             self.up.insert(0, nn.ModuleDict(dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=leave)))
 
     def forward(self, x, t, y=None):
@@ -276,13 +276,13 @@ class SimpleUNet(nn.Module):
 # Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (q(x_t | x_0)), and teach
 # the network to tell the two apart. The timestep t, drawn for each image, sets both factors: as it
 # grows to T, alpha falls to nearly 0, and sigma = sqrt(1 - alpha^2) rises: x_T is almost noise.
-# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; mixing it
-# with a little less noise than x_t has gives the next x_t (p(x_{t-1} | x_t)). It takes many steps:
-# the estimate is the mean of all images that x_t may come from, the blurrier the more noise.
+# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; this x_0,
+# mixed with a little less noise than x_t has, is the next x_t (p(x_{t-1} | x_t)). It takes many
+# steps: the estimate is the mean of all images that x_t may come from, blurrier with more noise.
 #
-# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0. To
-# get x_0 from the noise takes a division by alpha (0.006 at the linear schedule's last t), which
-# multiplies errors; from v, none. v is nearly the noise at small t, -x_0 at large: what x_t hides.
+# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0; with
+# x_t, both give x_0: noise after a division by alpha (0.006 at the linear schedule's last t), which
+# multiplies errors; v without. v is nearly the noise at small t, -x_0 at large: what x_t hides.
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
@@ -306,7 +306,7 @@ class DiffusionModel(nn.Module):
     (B,) int64 come third, where there are any. For guidance, model.num_classes is the null label.
     schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps.
     prediction: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    t_distribution: of training: "uniform" (Algorithm 1), or "lognormal": around the noise levels
+    t_distribution: in training: "uniform" (Algorithm 1), or "lognormal": around the noise levels
     where there is most to learn (Karras et al. 2022). ValueError if an option is out of range.
 
     Timesteps count from 0: t = 0 is the papers' t = 1, and t = -1 is the clean image, called
@@ -373,13 +373,13 @@ class DiffusionModel(nn.Module):
         return alpha * x_start + sigma * noise
 
     def predict(self, x_t, t, y=None):
-        """The output of the network (of any: without y it gets no third argument), in float32."""
+        """The network's output, in float32; where there is no y, it gets no third argument."""
         return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
 
     def forward(self, x_start, y=None, t=None, noise=None):
         """The training loss (eq. 14; predicting v weights each term by 1 / alpha^2): -> scalar.
 
-        x_start: (B, C, H, W) in [-1, 1]. y: (B,). t (B,) and noise (like x_start): drawn if None.
+        x_start: (B, C, H, W) in [-1, 1]. y: labels (B,). t (B,), noise like x_start: drawn if None.
         """
         t = self.draw_timesteps(len(x_start)) if t is None else t  # Algorithm 1, line 3
         noise = torch.randn_like(x_start) if noise is None else noise  # line 4
@@ -394,7 +394,7 @@ class DiffusionModel(nn.Module):
         """Estimate x_0: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # away from "no class": Ho and Salimans 2022, eq. 6, of noise or v; guidance is 1 + w
+        else:  # away from "no class": Ho and Salimans 2022, eq. 6, on noise or v; guidance is 1 + w
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
             conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
             prediction = null + guidance * (conditional - null)
@@ -419,7 +419,7 @@ class DiffusionModel(nn.Module):
         noise = (x_t - alpha_t * x_0) / sigma_t  # eq. 4, solved for the noise
         # 1 - (alpha_t / alpha_s)^2, the beta of the whole way from s to t, accurate where small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t (eta 1: eq. 7's)
+        spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t; eta 1: posterior's
         return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
 
     @torch.no_grad()
@@ -445,16 +445,16 @@ class DiffusionModel(nn.Module):
         # Cosine's noisiest t show nothing of the image: begin at -5.1 (as that code does for all).
         start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, **exact)
-        return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)  # none twice
+        return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)
 
     def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
                strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 in [-1, 1].
 
-        sampler: a name in SAMPLERS. steps: up to n_steps (dpm++ skips repeats); None: the sampler's.
-        y: labels (N,) or None. guidance: 1 as trained; above 1 more typical of the class, in
-        twice the time, where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
-        seed: image i is drawn from seed + i in any batch (not torch's random state); None: random.
+        sampler: a name in SAMPLERS. steps: up to n_steps (dpm++ skips repeats); None: its default.
+        y: labels (N,), None: no class. guidance: 1 as trained; more: more typical of the class, in
+        twice the time, only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
+        seed: image i is drawn from seed + i in any batch; None: random. torch's state is not used.
         init_image (N, C, H, W) in [-1, 1]: start from it, noised by strength (0..1; 0 returns it).
         mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
         x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar.
@@ -523,7 +523,7 @@ class DiffusionModel(nn.Module):
 
 
 class Step(NamedTuple):
-    """The first arguments of DiffusionModel.step: x_t, x_0 estimated from it, t and the next, s."""
+    """The first arguments of DiffusionModel.step: x_t, its x_0 (estimated), t and the next t: s."""
     x_t: torch.Tensor
     x_0: torch.Tensor
     t: int
@@ -543,7 +543,7 @@ class Sampler(NamedTuple):
     steps: int    # how many by default; None: n_steps
     even_in: str  # what the timesteps are evenly spaced in: "t", or "lambda", log(alpha / sigma)
     eta: float    # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2
-    # aim(process, now, before, denoise) -> the clean image to head for (the last step: x_0).
+    # aim(process, now, before, denoise) -> the clean image to head for (the last step takes x_0).
     # now, before: this Step and the last one, or None. denoise(x_t, t) -> x_0.
     aim: Callable = lambda process, now, before, denoise: now.x_0
 
@@ -552,7 +552,7 @@ def aim_ahead(process, now, before, denoise):
     """D of DPM-Solver++(2M) (Lu et al. 2022): x_0 extrapolated to the middle of the step."""
     if before is None:
         return now.x_0
-    # `step` with eta 0 is theirs: alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
+    # `step` with eta 0 is theirs, as alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
     h = process.lambdas[now.s] - process.lambdas[now.t]
     h_before = process.lambdas[now.t] - process.lambdas[before.t]
     return now.x_0 + (now.x_0 - before.x_0) * h / (2 * h_before)  # their r is h_before / h
@@ -580,7 +580,7 @@ class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained and saved.
 
     With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and
-    draws t lognormally. unet_options: of SimpleUNet; attention: by default on a last level up to 16x16.
+    draws t lognormally. unet_options: SimpleUNet's; the last level has attention if at most 16x16.
     """
 
     def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear",
@@ -610,7 +610,7 @@ class SimpleDiffusion(nn.Module):
         return self.diffusion(x, y, t, noise)
 
     def sample(self, batch_size=4, **options):
-        """Draw (batch_size, C, S, S) in [0, 1]. options: of DiffusionModel.sample (in [-1, 1])."""
+        """Draw (batch_size, C, S, S) in [0, 1]. options: DiffusionModel.sample's, in its range."""
         shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
         return (self.diffusion.sample(shape, **options) + 1) / 2
 
@@ -622,7 +622,7 @@ class SimpleDiffusion(nn.Module):
 
     @classmethod
     def load(cls, path="diffusion_model.pth", device=None):
-        """Read what `save` wrote, in eval mode, to `device` (None: best). ValueError or OSError."""
+        """What `save` wrote, in eval mode, on `device` (None: the best). ValueError or OSError."""
         with reading(path) as saved:
             config = saved["model_config"]
             weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # torch.compile's, DDP's
@@ -630,8 +630,8 @@ class SimpleDiffusion(nn.Module):
             if "stem.weight" in weights:
                 raise ValueError("it is from this project's first release, whose network had other parts")
             if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):
-                raise ValueError("it claims more blocks than it holds weights")  # building would never end
-            with torch.device("meta"):  # a file can claim any size: take memory for what it holds
+                raise ValueError("it claims more blocks than it holds weights")  # building takes ages
+            with torch.device("meta"):  # a file can claim any size: this takes no memory yet
                 model = cls(**config, **saved["diffusion_config"], image_size=saved["image_size"],
                             class_names=saved["class_names"])
             model.network.load_state_dict(weights, assign=True)
@@ -660,7 +660,7 @@ def write(contents, path):
 
 @contextlib.contextmanager
 def reading(path, remedy="give a diffusion_model.pth"):
-    """Yield what `write` wrote to `path`. ValueError: it is damaged or does not fit the block."""
+    """Yield what `write` wrote to `path`. ValueError if it is damaged or does not fit the block."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -681,7 +681,7 @@ def reading(path, remedy="give a diffusion_model.pth"):
 def check_contents(value, depth=0):
     """Refuse all but finite tensors and numbers, strings, and some levels of lists and dicts."""
     if isinstance(value, torch.Tensor):
-        # A tensor of stride 0 repeats one number: it can claim terabytes that no file holds.
+        # A tensor of stride 0 repeats one number: it can claim terabytes that are not in the file.
         repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
         if repeats or value.is_complex() or not value.isfinite().all():
             raise ValueError("a tensor does not hold finite numbers")
@@ -699,7 +699,7 @@ def check_contents(value, depth=0):
 
 
 def option(default, meaning, least=-math.inf, below=math.inf):
-    """A field of TrainConfig. least, below: bounds of its numbers, if no class above has any."""
+    """A field of TrainConfig. least, below: bounds of its numbers that no class above checks."""
     return field(default=default, metadata=dict(meaning=meaning, least=least, below=below))
 
 
@@ -745,8 +745,8 @@ def make_optimizers(network, lr):
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
     maps = [part.weight for part in network.modules()
             if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
-    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases, ...
-    # match_rms_adamw: updates about as large as AdamW's. So one lr sets both, AdamW's at 0.4 of it.
+    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases
+    # match_rms_adamw: Muon's updates are about AdamW's size, so one lr sets both (AdamW's: 0.4 lr).
     return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
@@ -894,7 +894,7 @@ class TrainingRun:
         self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()  # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
-        # Another memory format orders the columns of Muon's matrices otherwise: begin afresh.
+        # In another memory format Muon's matrices have other columns: the optimisers start afresh.
         if state["memory_format"] == str(memory_format(self.images.device)):
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 support.restore_optimizer(optimizer, saved)
@@ -903,12 +903,12 @@ class TrainingRun:
 def train(config, make_optimizers=make_optimizers):
     """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights.
 
-    make_optimizers(network, lr) -> a list of your own. ValueError or OSError: a wrong option, data
+    make_optimizers(network, lr) -> a list of optimisers. ValueError or OSError: a bad option, data
     set or file. FloatingPointError: the loss is not finite. SystemExit (130, 143): once stopped.
     """
     support.tune_torch()
     processes = support.Processes(pick_device(config.device))
-    support.begin_model(SimpleDiffusion, config, 3, None)  # wrong options: before the data is read
+    support.begin_model(SimpleDiffusion, config, 3, None)  # bad options fail before data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
         images, labels, class_names = load_images(config.data, config.image_size, config.limit, config.out)
     run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
@@ -927,7 +927,7 @@ def train(config, make_optimizers=make_optimizers):
             epoch_done = run.step % run.steps_per_epoch == 0
             if epoch_done:
                 report.epoch(run.end_epoch())  # prints; every few epochs exports and samples
-            stop = processes.largest(received[0] if received else 0)  # of any process; 0: none
+            stop = processes.largest(received[0] if received else 0)  # any process's signal, or 0
             # A crash costs at most five minutes; not every short epoch is worth a file.
             seconds_at_risk = min(20, run.seconds / 10) if epoch_done else 300
             if stop or run.step == run.total_steps or run.seconds - run.saved_at > seconds_at_risk:
