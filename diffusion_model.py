@@ -15,11 +15,10 @@ Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (sta
 Data, pictures, flags: support.py. Images: [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
 
 Equations and algorithms without a name are those of Ho et al. 2020, DDPM (arXiv 2006.11239). The
-others: Nichol and Dhariwal 2021 (2102.09672: cosine schedule), Song et al. 2021 (2010.02502: DDIM),
-Salimans and Ho 2022 (2202.00512: v prediction), Ho and Salimans 2022 (2207.12598: guidance), Karras
-et al. 2022 (2206.00364: noise levels to train on), Lu et al. 2022 (2211.01095: DPM-Solver++),
-Kynkaanniemi et al. 2024 (2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time
-embedding), Jordan et al. 2024 (Muon).
+others: Nichol and Dhariwal 2021 (2102.09672: cosine), Song et al. 2021 (2010.02502: DDIM), Salimans
+and Ho 2022 (2202.00512: v), Ho and Salimans 2022 (2207.12598: guidance), Karras et al. 2022
+(2206.00364: noise levels), Lu et al. 2022 (2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024
+(2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time), Jordan et al. 2024 (Muon).
 """
 import contextlib
 import math
