@@ -694,6 +694,10 @@ def test_most_alike():
     alike = support.most_alike(images, data, mirrored=False)                # of letters a mirrored one is another
     assert torch.equal(alike[0], data[15_900] / 255) and not torch.equal(alike[1].flip(2), data[7] / 255)
 
+    close = torch.full((60, 3, 32, 32), 200, dtype=torch.uint8)             # which a matrix product would confuse
+    close[:, 0, 0, 0] = torch.arange(140, 200)
+    assert torch.equal(support.most_alike(close / 255, close), close / 255)
+
 
 def test_processes_wait_as_long_as_a_download_takes(monkeypatch):
     """The others wait for the first at the barrier of first_goes_ahead; torch's own limit is half an hour."""
