@@ -20,6 +20,7 @@ and Ho 2022 (2202.00512: v), Ho and Salimans 2022 (2207.12598: guidance), Karras
 (2206.00364: noise levels), Lu et al. 2022 (2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024
 (2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time), Jordan et al. 2024 (Muon).
 """
+
 import contextlib
 import math
 import os
@@ -52,7 +53,13 @@ except ImportError as error:  # this file was copied alone, or torch is older th
 def pick_device(name=None):
     """MPS, then CUDA, then CPU. With a name: that device, or ValueError if it is not available."""
     if name is None:
-        best = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+        best = (
+            "mps"
+            if torch.backends.mps.is_available()
+            else "cuda"
+            if torch.cuda.is_available()
+            else "cpu"
+        )
         return torch.device(best)
     try:
         torch.zeros(1, device=name).tolist()  # torch accepts names of devices that are not there
@@ -73,7 +80,11 @@ def has_bfloat16(device):
 
 def autocast(device):
     """bfloat16, where fast, for convolutions and matrices. Never float16: it needs loss scaling."""
-    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else contextlib.nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if has_bfloat16(device)
+        else contextlib.nullcontext()
+    )
 
 
 def memory_format(device):
@@ -98,6 +109,7 @@ def progress_bar(steps, show):
     """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
+
         return tqdm(steps, disable=not show, desc="sampling", leave=False)
     return steps
 
@@ -142,7 +154,9 @@ class Attention(nn.Module):
     def __init__(self, channels, num_heads):
         super().__init__()
         if channels % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide {channels} channels: {divisors(channels, 32)} do")
+            raise ValueError(
+                f"num_heads {num_heads} does not divide {channels} channels: {divisors(channels, 32)} do"
+            )
         self.num_heads = num_heads
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -193,29 +207,49 @@ class SimpleUNet(nn.Module):
     if H or W is not a multiple of 2**(levels - 1), or if a network without classes is given labels.
     """
 
-    def __init__(self,
-                 in_channels=3,
-                 hidden_channels=64,
-                 channel_mults=(1, 2, 2),   # level i: hidden_channels * its entry, at size H / 2**i
-                 num_res_blocks=2,          # of a level, down and again up: one number, or one each
-                 attention_levels=None,     # where each pixel looks at all others; None: the last
-                 num_heads=None,            # of the attention; None: 4, or fewer if 4 won't divide
-                 time_dim=256,              # channels of the embedding of time and class
-                 dropout=0.0,               # share of the values dropped in a block while training
-                 num_classes=None):         # None: the network knows no classes
+    def __init__(
+        self,
+        in_channels=3,
+        hidden_channels=64,
+        channel_mults=(1, 2, 2),  # level i: hidden_channels * its entry, at size H / 2**i
+        num_res_blocks=2,  # of a level, down and again up: one number, or one each
+        attention_levels=None,  # where each pixel looks at all others; None: the last
+        num_heads=None,  # of the attention; None: 4, or fewer if 4 won't divide
+        time_dim=256,  # channels of the embedding of time and class
+        dropout=0.0,  # share of the values dropped in a block while training
+        num_classes=None,
+    ):  # None: the network knows no classes
         super().__init__()
         last = len(channel_mults) - 1
         depths = [num_res_blocks] if isinstance(num_res_blocks, int) else list(num_res_blocks)
         depths = depths * len(channel_mults) if len(depths) == 1 else depths
         attention_levels = [last] if attention_levels is None else list(attention_levels)
-        self.config = dict(in_channels=in_channels, hidden_channels=hidden_channels, channel_mults=list(channel_mults),
-                           num_res_blocks=depths, attention_levels=attention_levels, num_heads=num_heads,
-                           time_dim=time_dim, dropout=dropout, num_classes=num_classes)
-        sizes = [in_channels, hidden_channels, time_dim, num_heads, num_classes, *depths, *channel_mults]
+        self.config = dict(
+            in_channels=in_channels,
+            hidden_channels=hidden_channels,
+            channel_mults=list(channel_mults),
+            num_res_blocks=depths,
+            attention_levels=attention_levels,
+            num_heads=num_heads,
+            time_dim=time_dim,
+            dropout=dropout,
+            num_classes=num_classes,
+        )
+        sizes = [
+            in_channels,
+            hidden_channels,
+            time_dim,
+            num_heads,
+            num_classes,
+            *depths,
+            *channel_mults,
+        ]
         if last < 0 or min(size for size in sizes if size is not None) < 1:
             raise ValueError(f"every size of the network must be at least 1, got {self.config}")
         if len(depths) != last + 1 or not set(attention_levels) <= set(range(last + 1)):
-            raise ValueError(f"attention_levels {attention_levels}, num_res_blocks {depths}: levels are 0..{last}")
+            raise ValueError(
+                f"attention_levels {attention_levels}, num_res_blocks {depths}: levels are 0..{last}"
+            )
         self.num_classes = num_classes
         self.size_multiple = 2**last
         widths = [hidden_channels * mult for mult in channel_mults]
@@ -224,11 +258,17 @@ class SimpleUNet(nn.Module):
             level_heads[level] = num_heads or max(divisors(widths[level], 4))
 
         def blocks(width, heads_of_each):
-            return nn.ModuleList(ResidualBlock(width, time_dim, dropout, heads) for heads in heads_of_each)
+            return nn.ModuleList(
+                ResidualBlock(width, time_dim, dropout, heads) for heads in heads_of_each
+            )
 
-        self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.time_mlp = nn.Sequential(
+            nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
         # One row more than there are classes: the null label's.
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
+        self.class_embedding = (
+            None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
+        )
         # Entry and exit read and write the image on level 0, halve and double the size elsewhere.
         to_image = zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))
         entries = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
@@ -240,18 +280,31 @@ class SimpleUNet(nn.Module):
         self.middle = blocks(widths[-1], [level_heads[-1], 0])
         self.up = nn.ModuleList()  # the last level first
         for width, depth, heads, entry, leave in zip(widths, depths, level_heads, entries, exits):
-            self.down.append(nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth))))
-            merges = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in range(depth))  # x and skip
-            self.up.insert(0, nn.ModuleDict(dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=leave)))
+            self.down.append(
+                nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth)))
+            )
+            merges = nn.ModuleList(
+                nn.Conv2d(2 * width, width, 1) for _ in range(depth)
+            )  # x and skip
+            self.up.insert(
+                0,
+                nn.ModuleDict(
+                    dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=leave)
+                ),
+            )
 
     def forward(self, x, t, y=None):
         if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
-            raise ValueError(f"height and width must be multiples of {self.size_multiple}, got {tuple(x.shape[2:])}")
+            raise ValueError(
+                f"height and width must be multiples of {self.size_multiple}, got {tuple(x.shape[2:])}"
+            )
         if y is not None and self.num_classes is None:
             raise ValueError("labels y for a network without classes")
         emb = self.time_mlp(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
         if self.num_classes is not None:
-            emb = emb + self.class_embedding(torch.full_like(t, self.num_classes) if y is None else y)
+            emb = emb + self.class_embedding(
+                torch.full_like(t, self.num_classes) if y is None else y
+            )
         emb = F.silu(emb)  # here once, not in every block
         # Shapes for the defaults at 32x32; where there are three, one for each pass of the loop.
         skips = []
@@ -313,32 +366,56 @@ class DiffusionModel(nn.Module):
     of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., and our alpha^2 in DDIM.)
     """
 
-    def __init__(self, model, n_steps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear",
-                 prediction="noise", t_distribution="uniform"):
+    def __init__(
+        self,
+        model,
+        n_steps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        schedule="linear",
+        prediction="noise",
+        t_distribution="uniform",
+    ):
         super().__init__()
         if not (1 <= n_steps <= 100_000 and 1e-10 < beta_start <= beta_end < 1):
-            raise ValueError("n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, "
-                             f"got {n_steps}, {beta_start} and {beta_end}")
+            raise ValueError(
+                "n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, "
+                f"got {n_steps}, {beta_start} and {beta_end}"
+            )
         if prediction not in ("noise", "v") or t_distribution not in ("uniform", "lognormal"):
-            raise ValueError("prediction must be noise or v, t_distribution uniform or lognormal, got "
-                             f"{prediction!r} and {t_distribution!r}")
+            raise ValueError(
+                "prediction must be noise or v, t_distribution uniform or lognormal, got "
+                f"{prediction!r} and {t_distribution!r}"
+            )
         self.model = model
-        self.config = dict(n_steps=n_steps, beta_start=beta_start, beta_end=beta_end,
-                           schedule=schedule, prediction=prediction, t_distribution=t_distribution)
+        self.config = dict(
+            n_steps=n_steps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            schedule=schedule,
+            prediction=prediction,
+            t_distribution=t_distribution,
+        )
         self.n_steps = n_steps
         # float64, as a thousand factors near 1 are multiplied; on the CPU, as MPS has no float64.
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # alpha^2 (section 2, above eq. 4)
         if alphas_cumprod[-1] < 1e-30:  # its root, by which samplers divide, would be 0 in float32
-            raise ValueError(f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image")
+            raise ValueError(
+                f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image"
+            )
         if alphas_cumprod[-1] > 0.01:
-            warnings.warn(f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end")
+            warnings.warn(
+                f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end"
+            )
         tables = dict(
-            betas=betas, alphas_cumprod=alphas_cumprod,  # for your own loops, like the last (eq. 7)
+            betas=betas,
+            alphas_cumprod=alphas_cumprod,  # for your own loops, like the last (eq. 7)
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha: the factor of the image in x_t
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma: that of the noise
             lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,  # log(alpha / sigma)
-            posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod))
+            posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),
+        )
         for name, table in tables.items():  # not in the state dict: they follow from `config`
             self.register_buffer(name, table.float(), persistent=False)
 
@@ -355,7 +432,9 @@ class DiffusionModel(nn.Module):
         """Draw timesteps: -> (count,) int64, one in each of `count` equally likely ranges."""
         device = self.betas.device
         # Stratified: each is as likely as if drawn alone, but the loss varies less between batches.
-        quantiles = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+        quantiles = (
+            torch.randperm(count, device=device) + torch.rand(count, device=device)
+        ) / count
         if self.config["t_distribution"] == "uniform":  # clamp, as rounding can reach n_steps
             return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)
         # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8
@@ -395,7 +474,9 @@ class DiffusionModel(nn.Module):
             prediction = self.predict(x_t, t, y)
         else:  # away from "no class": Ho and Salimans 2022, eq. 6, on noise or v; guidance is 1 + w
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
-            conditional, null = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+            conditional, null = self.predict(
+                torch.cat([x_t, x_t]), torch.cat([t, t]), labels
+            ).chunk(2)
             prediction = null + guidance * (conditional - null)
         alpha, sigma = self.alpha_sigma(t)
         if self.config["prediction"] == "v":
@@ -419,7 +500,11 @@ class DiffusionModel(nn.Module):
         # 1 - (alpha_t / alpha_s)^2, the beta of the whole way from s to t, accurate where small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
         spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t; eta 1: posterior's
-        return alpha_s * x_0 + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise + spread * new_noise
+        return (
+            alpha_s * x_0
+            + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise
+            + spread * new_noise
+        )
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
@@ -442,12 +527,28 @@ class DiffusionModel(nn.Module):
         # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
         lambdas = self.lambdas.cpu().double()  # in this order, as MPS has no float64
         # Cosine's noisiest t show nothing of the image: begin at -5.1 (as that code does for all).
-        start = lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
+        start = (
+            lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
+        )
         wanted = torch.linspace(start.item(), lambdas[0].item(), steps, **exact)
         return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)
 
-    def sample(self, shape, sampler="dpm++", steps=None, y=None, guidance=1.0, seed=None, init_image=None,
-               strength=1.0, mask=None, progress=True, callback=None, x_T=None, guidance_interval=(0.0, math.inf)):
+    def sample(
+        self,
+        shape,
+        sampler="dpm++",
+        steps=None,
+        y=None,
+        guidance=1.0,
+        seed=None,
+        init_image=None,
+        strength=1.0,
+        mask=None,
+        progress=True,
+        callback=None,
+        x_T=None,
+        guidance_interval=(0.0, math.inf),
+    ):
         """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 in [-1, 1].
 
         sampler: a name in SAMPLERS. steps: up to n_steps (dpm++ skips repeats); None: its default.
@@ -460,7 +561,9 @@ class DiffusionModel(nn.Module):
         callback(i, t, x_t, x_0): called in step i, x_0 estimated. ValueError if options do not fit.
         """
         device = self.betas.device
-        y, init_image, mask, x_T = self._check_options(shape, y, guidance, init_image, strength, mask, x_T)
+        y, init_image, mask, x_T = self._check_options(
+            shape, y, guidance, init_image, strength, mask, x_T
+        )
         timesteps = self.timesteps(sampler, steps)
         if init_image is not None and strength == 0:
             return init_image.clone()
@@ -496,6 +599,7 @@ class DiffusionModel(nn.Module):
 
     def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
         """The options of `sample`, as tensors on the device. ValueError if they do not fit."""
+
         def check(name, value, wanted, low, high, dtype=torch.float32):
             if value is None:
                 return None
@@ -504,25 +608,37 @@ class DiffusionModel(nn.Module):
                 with contextlib.suppress(RuntimeError):  # a misfit is refused below
                     value = value.expand(wanted)
             if value.shape != torch.Size(wanted):
-                raise ValueError(f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}"
+                )
             if not low <= value.min() <= value.max() <= high:
-                raise ValueError(f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}")
+                raise ValueError(
+                    f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}"
+                )
             return value
 
         num_classes = getattr(self.model, "num_classes", None)  # your network may have none
         if guidance != 1 and (y is None or num_classes is None):
-            raise ValueError("guidance needs labels y, and a network with the attribute num_classes")
+            raise ValueError(
+                "guidance needs labels y, and a network with the attribute num_classes"
+            )
         if mask is not None and init_image is None:
             raise ValueError("a mask needs an init_image, whose pixels it keeps")
         if not 0 <= strength <= 1 or shape[0] < 1:
-            raise ValueError(f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}")
-        return (check("y", y, shape[:1], 0, num_classes or math.inf, torch.int64),
-                check("init_image", init_image, shape, -1.001, 1.001), check("mask", mask, shape, 0, 1),
-                check("x_T", x_T, shape, -math.inf, math.inf))
+            raise ValueError(
+                f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}"
+            )
+        return (
+            check("y", y, shape[:1], 0, num_classes or math.inf, torch.int64),
+            check("init_image", init_image, shape, -1.001, 1.001),
+            check("mask", mask, shape, 0, 1),
+            check("x_T", x_T, shape, -math.inf, math.inf),
+        )
 
 
 class Step(NamedTuple):
     """The first arguments of DiffusionModel.step: x_t, its x_0 (estimated), t and the next t: s."""
+
     x_t: torch.Tensor
     x_0: torch.Tensor
     t: int
@@ -532,16 +648,17 @@ class Step(NamedTuple):
 class Sampler(NamedTuple):
     """An entry of the table of samplers. One of your own, Heun's (Karras et al. 2022, Algorithm 1):
 
-        def heun(process, now, before, denoise):
-            x_0_at_s = denoise(process.step(*now), now.s)  # one more call of the network
-            ratio = torch.exp(process.lambdas[now.s] - process.lambdas[now.t])
-            return now.x_0 + (x_0_at_s - now.x_0) * ratio / 2  # along the mean of both noises
+    def heun(process, now, before, denoise):
+        x_0_at_s = denoise(process.step(*now), now.s)  # one more call of the network
+        ratio = torch.exp(process.lambdas[now.s] - process.lambdas[now.t])
+        return now.x_0 + (x_0_at_s - now.x_0) * ratio / 2  # along the mean of both noises
 
-        SAMPLERS["heun"] = Sampler(18, "lambda", 0.0, heun)
+    SAMPLERS["heun"] = Sampler(18, "lambda", 0.0, heun)
     """
-    steps: int    # how many by default; None: n_steps
+
+    steps: int  # how many by default; None: n_steps
     even_in: str  # what the timesteps are evenly spaced in: "t", or "lambda", log(alpha / sigma)
-    eta: float    # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2
+    eta: float  # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2
     # aim(process, now, before, denoise) -> the clean image to head for (the last step takes x_0).
     # now, before: this Step and the last one, or None. denoise(x_t, t) -> x_0.
     aim: Callable = lambda process, now, before, denoise: now.x_0
@@ -558,8 +675,8 @@ def aim_ahead(process, now, before, denoise):
 
 
 SAMPLERS = {
-    "ddpm": Sampler(None, "t", 1.0),                 # Ho et al. 2020, Algorithm 2
-    "ddim": Sampler(50, "t", 0.0),                   # Song et al. 2021
+    "ddpm": Sampler(None, "t", 1.0),  # Ho et al. 2020, Algorithm 2
+    "ddim": Sampler(50, "t", 0.0),  # Song et al. 2021
     "dpm++": Sampler(13, "lambda", 0.0, aim_ahead),  # DPM-Solver++(2M), Lu et al. 2022
 }
 
@@ -568,7 +685,9 @@ def noise_of_seeds(shape, seed, device):
     """A function that draws noise (N, ...): image i from seed + i, in any batch, on any device."""
     seed = torch.Generator().seed() % 2**31 if seed is None else seed  # from the system
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
-    return lambda: torch.stack([torch.randn(shape[1:], generator=g, device="cpu") for g in generators]).to(device)
+    return lambda: torch.stack(
+        [torch.randn(shape[1:], generator=g, device="cpu") for g in generators]
+    ).to(device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,26 +701,49 @@ class SimpleDiffusion(nn.Module):
     draws t lognormally. unet_options: SimpleUNet's; the last level has attention if at most 16x16.
     """
 
-    def __init__(self, image_size=32, n_steps=1000, hidden_channels=64, schedule="linear",
-                 prediction="v", class_names=None, channel_mults=(1, 2, 2), beta_start=1e-4,
-                 beta_end=0.02, t_distribution="lognormal", **unet_options):
+    def __init__(
+        self,
+        image_size=32,
+        n_steps=1000,
+        hidden_channels=64,
+        schedule="linear",
+        prediction="v",
+        class_names=None,
+        channel_mults=(1, 2, 2),
+        beta_start=1e-4,
+        beta_end=0.02,
+        t_distribution="lognormal",
+        **unet_options,
+    ):
         super().__init__()
         if class_names is not None:
             class_names = [str(name) for name in class_names]
             if unet_options.setdefault("num_classes", len(class_names)) != len(class_names):
-                raise ValueError(f"{len(class_names)} class names for {unet_options['num_classes']} classes")
-        if unet_options.get("attention_levels") is None and image_size // 2 ** (len(channel_mults) - 1) > 16:
+                raise ValueError(
+                    f"{len(class_names)} class names for {unet_options['num_classes']} classes"
+                )
+        if (
+            unet_options.get("attention_levels") is None
+            and image_size // 2 ** (len(channel_mults) - 1) > 16
+        ):
             unet_options["attention_levels"] = []
-        network = SimpleUNet(hidden_channels=hidden_channels, channel_mults=channel_mults, **unet_options)
+        network = SimpleUNet(
+            hidden_channels=hidden_channels, channel_mults=channel_mults, **unet_options
+        )
         if not network.size_multiple <= image_size <= 4096 or image_size % network.size_multiple:
-            raise ValueError(f"image_size must be a multiple of {network.size_multiple}, up to 4096, got {image_size}")
+            raise ValueError(
+                f"image_size must be a multiple of {network.size_multiple}, up to 4096, got {image_size}"
+            )
         self.image_size = image_size
         self.class_names = class_names
-        self.diffusion = DiffusionModel(network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution)
+        self.diffusion = DiffusionModel(
+            network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution
+        )
 
     @property
     def network(self):  # an attribute would put the weights into the state dict twice
         return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)  # of torch.compile
+
     model = network  # as DiffusionModel calls it
 
     def forward(self, x, y=None, t=None, noise=None):
@@ -615,24 +757,48 @@ class SimpleDiffusion(nn.Module):
 
     def save(self, path="diffusion_model.pth", **info):
         """Write the weights, in float16, and what rebuilds the model. info: more, for humans."""
-        weights = {name: tensor.to("cpu", torch.float16) for name, tensor in self.network.state_dict().items()}
-        write(dict(model_config=self.network.config, diffusion_config=self.diffusion.config, info=info,
-                   model_state_dict=weights, image_size=self.image_size, class_names=self.class_names), path)
+        weights = {
+            name: tensor.to("cpu", torch.float16)
+            for name, tensor in self.network.state_dict().items()
+        }
+        write(
+            dict(
+                model_config=self.network.config,
+                diffusion_config=self.diffusion.config,
+                info=info,
+                model_state_dict=weights,
+                image_size=self.image_size,
+                class_names=self.class_names,
+            ),
+            path,
+        )
 
     @classmethod
     def load(cls, path="diffusion_model.pth", device=None):
         """What `save` wrote, in eval mode, on `device` (None: the best). ValueError or OSError."""
         with reading(path) as saved:
             config = saved["model_config"]
-            weights = {name.replace("_orig_mod.", "").replace("module.", ""): tensor  # torch.compile's, DDP's
-                       for name, tensor in saved["model_state_dict"].items()}
+            weights = {
+                name.replace("_orig_mod.", "").replace(
+                    "module.", ""
+                ): tensor  # torch.compile's, DDP's
+                for name, tensor in saved["model_state_dict"].items()
+            }
             if "stem.weight" in weights:
-                raise ValueError("it is from this project's first release, whose network had other parts")
+                raise ValueError(
+                    "it is from this project's first release, whose network had other parts"
+                )
             if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):
-                raise ValueError("it claims more blocks than it holds weights")  # building takes ages
+                raise ValueError(
+                    "it claims more blocks than it holds weights"
+                )  # building takes ages
             with torch.device("meta"):  # a file can claim any size: this takes no memory yet
-                model = cls(**config, **saved["diffusion_config"], image_size=saved["image_size"],
-                            class_names=saved["class_names"])
+                model = cls(
+                    **config,
+                    **saved["diffusion_config"],
+                    image_size=saved["image_size"],
+                    class_names=saved["class_names"],
+                )
             model.network.load_state_dict(weights, assign=True)
         device = pick_device(device)
         return model.to(device, torch.float32, memory_format=memory_format(device)).eval()
@@ -651,7 +817,9 @@ def write(contents, path):
             os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:  # the last two: torch.save, check_contents
-        raise OSError(f"{path} could not be written; what was there is unchanged: {brief(error)}") from error
+        raise OSError(
+            f"{path} could not be written; what was there is unchanged: {brief(error)}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # it was moved, or never made
             temporary.unlink()
@@ -665,7 +833,10 @@ def reading(path, remedy="give a diffusion_model.pth"):
     try:
         # torch.load checks no checksums, and unpacks a compressed file (ours is not) to any size.
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path) or archive.testzip():
+            if (
+                sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path)
+                or archive.testzip()
+            ):
                 raise ValueError("its checksums or sizes are wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_contents(saved)
@@ -674,7 +845,9 @@ def reading(path, remedy="give a diffusion_model.pth"):
         raise
     except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
         reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
-        raise ValueError(f"{path} is damaged, or no file of this kind ({reason}): {remedy}") from error
+        raise ValueError(
+            f"{path} is damaged, or no file of this kind ({reason}): {remedy}"
+        ) from error
 
 
 def check_contents(value, depth=0):
@@ -689,7 +862,9 @@ def check_contents(value, depth=0):
     elif isinstance(value, (list, tuple)) and depth < 6:  # a short pickle can nest without end
         for entry in value:
             check_contents(entry, depth + 1)
-    elif not (type(value) in (bool, int, str, type(None)) or type(value) is float and math.isfinite(value)):
+    elif not (
+        type(value) in (bool, int, str, type(None)) or type(value) is float and math.isfinite(value)
+    ):
         raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")
 
 
@@ -705,29 +880,65 @@ def option(default, meaning, least=-math.inf, below=math.inf):
 @dataclass
 class TrainConfig:
     """Every option of a run. The flags are these names with dashes: image_size is --image-size."""
-    data: str = option("cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py")
-    out: str = option(".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth")
-    init: str = option(None, "begin with this checkpoint's network and weights; resuming reads it again, so keep it")
-    image_size: int = option(32, "height and width; images are resized and cropped to the centre", least=1)
-    limit: int = option(None, "use the first LIMIT images only (of a folder in the order of their paths)", least=1)
+
+    data: str = option(
+        "cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py"
+    )
+    out: str = option(
+        ".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth"
+    )
+    init: str = option(
+        None,
+        "begin with this checkpoint's network and weights; resuming reads it again, so keep it",
+    )
+    image_size: int = option(
+        32, "height and width; images are resized and cropped to the centre", least=1
+    )
+    limit: int = option(
+        None, "use the first LIMIT images only (of a folder in the order of their paths)", least=1
+    )
     epochs: int = option(100, "passes over the data", least=1)
-    images: int = option(None, "in place of --epochs: train on this many, repeats included (in whole epochs)", least=1)
+    images: int = option(
+        None,
+        "in place of --epochs: train on this many, repeats included (in whole epochs)",
+        least=1,
+    )
     batch_size: int = option(64, "images a step, over all processes", least=1)
-    lr: float = option(3e-3, "peak learning rate, after the warm-up and before the decay to 0", least=1e-12)
+    lr: float = option(
+        3e-3, "peak learning rate, after the warm-up and before the decay to 0", least=1e-12
+    )
     hidden_channels: int = option(64, "channels of the first level")
     channel_mults: tuple = option((1, 2, 2), "channels of each level, as multiples of the first")
-    num_res_blocks: tuple = option((2,), "residual blocks of a level: one number, or one a level", below=101)
-    attention_levels: tuple = option(None, "levels with attention, 0 the full size (the last, if at most 16x16)")
-    num_heads: int = option(None, "heads of the attention (by default 4, or fewer where 4 does not divide)")
-    dropout: float = option(0.0, "share of the residual blocks' values dropped in training", least=0, below=1)
+    num_res_blocks: tuple = option(
+        (2,), "residual blocks of a level: one number, or one a level", below=101
+    )
+    attention_levels: tuple = option(
+        None, "levels with attention, 0 the full size (the last, if at most 16x16)"
+    )
+    num_heads: int = option(
+        None, "heads of the attention (by default 4, or fewer where 4 does not divide)"
+    )
+    dropout: float = option(
+        0.0, "share of the residual blocks' values dropped in training", least=0, below=1
+    )
     n_steps: int = option(1000, "timesteps of the diffusion process")
     schedule: str = option("linear", "noise schedule: linear or cosine")
-    prediction: str = option("v", "what the network predicts: v (a mix of noise and image) or noise")
-    t_distribution: str = option("lognormal", "timesteps to train on: lognormal (where most is learned) or uniform")
+    prediction: str = option(
+        "v", "what the network predicts: v (a mix of noise and image) or noise"
+    )
+    t_distribution: str = option(
+        "lognormal", "timesteps to train on: lognormal (where most is learned) or uniform"
+    )
     unconditional: bool = option(False, "ignore the classes of the data")
-    no_flip: bool = option(False, "never mirror the images: for letters, digits and whatever has a left and a right")
-    sample_every: int = option(5, "epochs between grids and exports (--images: a twentieth of all)", least=1)
-    seed: int = option(0, "of the weights, the order of the data and all noise", least=0, below=2**31)
+    no_flip: bool = option(
+        False, "never mirror the images: for letters, digits and whatever has a left and a right"
+    )
+    sample_every: int = option(
+        5, "epochs between grids and exports (--images: a twentieth of all)", least=1
+    )
+    seed: int = option(
+        0, "of the weights, the order of the data and all noise", least=0, below=2**31
+    )
     device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
     compile: bool = option(False, "compile the network with torch.compile")
     tensorboard: bool = option(False, "write loss curves to OUT/tensorboard")
@@ -742,12 +953,19 @@ class TrainConfig:
 def make_optimizers(network, lr):
     """Muon (Jordan et al. 2024) for what maps features to features, AdamW for the rest: -> both."""
     stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
-    maps = [part.weight for part in network.modules()
-            if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)]
-    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]  # stem, head, biases
+    maps = [
+        part.weight
+        for part in network.modules()
+        if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)
+    ]
+    rest = [
+        p for p in network.parameters() if all(p is not weight for weight in maps)
+    ]  # stem, head, biases
     # match_rms_adamw: Muon's updates are about AdamW's size, so one lr sets both (AdamW's: 0.4 lr).
-    return [support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    return [
+        support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+    ]
 
 
 def learning_rate(step, total_steps, peak):
@@ -786,13 +1004,19 @@ class TrainingRun:
     that was stopped anywhere goes on as if it had not been, and no random state has to be saved.
     """
 
-    def __init__(self, config, images, labels, class_names, processes, make_optimizers=make_optimizers):
+    def __init__(
+        self, config, images, labels, class_names, processes, make_optimizers=make_optimizers
+    ):
         self.config = config
         self.processes = processes  # support.Processes
         self.out = Path(config.out).resolve()
         self.batch_size = processes.shared(config.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size  # the rest waits for another epoch
-        epochs = config.epochs if config.images is None else config.images / self.steps_per_epoch / self.batch_size
+        epochs = (
+            config.epochs
+            if config.images is None
+            else config.images / self.steps_per_epoch / self.batch_size
+        )
         self.epochs = max(1, round(epochs))
         self.total_steps = self.epochs * self.steps_per_epoch
         torch.manual_seed(config.seed)
@@ -800,22 +1024,28 @@ class TrainingRun:
         self.origin = support.origin_of(config.init)  # for model_info.json
         self.model.to(processes.device, memory_format=memory_format(processes.device))
         # All data as uint8 on the device: a batch is an index away, and needs no worker process.
-        self.images = support.with_channels(images, self.model.network.config["in_channels"]).to(processes.device)
+        self.images = support.with_channels(images, self.model.network.config["in_channels"]).to(
+            processes.device
+        )
         self.labels = None if self.model.class_names is None else labels.to(processes.device)
         # The weights' moving average draws better pictures than any step's: it is what is exported.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = make_optimizers(self.model.network, config.lr)
-        self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.peak_rates = [
+            [group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers
+        ]
         self.loss_function = support.compiled(processes.wrap(self.model), config.compile)
-        self.step = 0           # steps done
-        self.seconds = 0.0      # of training so far
-        self.saved_at = 0.0     # `seconds` at the last save
-        self.order = None       # of the images in this epoch
-        self.losses = []        # of this epoch's steps, in this process
+        self.step = 0  # steps done
+        self.seconds = 0.0  # of training so far
+        self.saved_at = 0.0  # `seconds` at the last save
+        self.order = None  # of the images in this epoch
+        self.losses = []  # of this epoch's steps, in this process
         self.epoch_losses = []  # the mean of each finished epoch
 
     def batch(self, index):
-        return training_batch(self.images, self.labels, index, self.model.network.num_classes, not self.config.no_flip)
+        return training_batch(
+            self.images, self.labels, index, self.model.network.num_classes, not self.config.no_flip
+        )
 
     def train_step(self):
         """One pass of Algorithm 1's loop. Lines 3, 4 and the loss in 5: DiffusionModel.forward."""
@@ -824,9 +1054,11 @@ class TrainingRun:
         first_seed = 1_000_003 * self.config.seed  # no two seeds share numbers for 10^6 steps
         if self.order is None or i == 0:
             generator = torch.Generator().manual_seed(first_seed + epoch)
-            self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(self.images.device)
+            self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(
+                self.images.device
+            )
         torch.manual_seed((first_seed + self.step) * count + rank)  # flips, t, noise
-        whole_batch = self.order[i * self.batch_size:(i + 1) * self.batch_size]
+        whole_batch = self.order[i * self.batch_size : (i + 1) * self.batch_size]
         x, y = self.batch(whole_batch[rank::count])  # line 2: this process's share
         with autocast(x.device):
             loss = self.loss_function(x, y)  # lines 3 to 5: the loss
@@ -839,14 +1071,18 @@ class TrainingRun:
         self.model.zero_grad()
         self.step += 1
         update_ema(self.ema.network, self.model.network, self.step)
-        self.losses.append(torch.where(norm.isfinite(), loss.detach(), math.nan))  # nan if the gradient is bad
+        self.losses.append(
+            torch.where(norm.isfinite(), loss.detach(), math.nan)
+        )  # nan if the gradient is bad
 
     def fetch_losses(self):
         """The losses of this epoch's steps (waits for a GPU). FloatingPointError if not finite."""
         losses = torch.stack(self.losses).tolist() if self.losses else []
         for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"loss not finite at step {step}: give the same command with a lower --lr")
+                raise FloatingPointError(
+                    f"loss not finite at step {step}: give the same command with a lower --lr"
+                )
         return losses
 
     def end_epoch(self):
@@ -858,11 +1094,19 @@ class TrainingRun:
 
     def save(self):
         """Write all that a run needs to go on as if it had not been stopped."""
-        state = dict(model=self.model.network.state_dict(), ema=self.ema.network.state_dict(),
-                     optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-                     memory_format=str(memory_format(self.images.device)), step=self.step, seconds=self.seconds,
-                     losses=self.fetch_losses(), epoch_losses=self.epoch_losses, images=len(self.images),
-                     origin=self.origin, config=asdict(self.config))
+        state = dict(
+            model=self.model.network.state_dict(),
+            ema=self.ema.network.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            memory_format=str(memory_format(self.images.device)),
+            step=self.step,
+            seconds=self.seconds,
+            losses=self.fetch_losses(),
+            epoch_losses=self.epoch_losses,
+            images=len(self.images),
+            origin=self.origin,
+            config=asdict(self.config),
+        )
         if self.processes.rank == 0:
             write(state, self.out / "training_state.pth")
         self.saved_at = self.seconds
@@ -879,8 +1123,10 @@ class TrainingRun:
             if not changed:
                 self.restore(state)
         if changed:  # outside `reading`, which would call the file damaged
-            raise ValueError(f"the run in {self.out} was begun with {', '.join(changed)}: give the same or --restart, "
-                             f"or begin another --out from its weights with --init")
+            raise ValueError(
+                f"the run in {self.out} was begun with {', '.join(changed)}: give the same or --restart, "
+                f"or begin another --out from its weights with --init"
+            )
         return True
 
     def restore(self, state):
@@ -890,7 +1136,9 @@ class TrainingRun:
         self.seconds = self.saved_at = float(state["seconds"])
         self.origin = dict(state["origin"])
         self.losses = list(torch.tensor(state["losses"], device=self.images.device).flatten())
-        self.epoch_losses = torch.tensor(state["epoch_losses"], dtype=torch.float64).tolist()  # refuses text
+        self.epoch_losses = torch.tensor(
+            state["epoch_losses"], dtype=torch.float64
+        ).tolist()  # refuses text
         if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
             raise ValueError("its steps and losses do not fit together")
         # In another memory format Muon's matrices have other columns: the optimisers start afresh.
@@ -909,14 +1157,22 @@ def train(config, make_optimizers=make_optimizers):
     processes = support.Processes(pick_device(config.device))
     support.begin_model(SimpleDiffusion, config, 3, None)  # bad options fail before data is read
     with processes.first_goes_ahead():  # it downloads the data, while the others wait
-        images, labels, class_names = load_images(config.data, config.image_size, config.limit, config.out)
+        images, labels, class_names = load_images(
+            config.data, config.image_size, config.limit, config.out
+        )
     run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
     resumed = run.resume()
-    processes.check_equal(run.step, "training_state.pth: --out must be a folder that all machines share")
+    processes.check_equal(
+        run.step, "training_state.pth: --out must be a folder that all machines share"
+    )
     if run.step >= run.total_steps:
-        processes.say(f"finished ({len(run.epoch_losses)} epochs): raise --epochs or --images, or --restart")
+        processes.say(
+            f"finished ({len(run.epoch_losses)} epochs): raise --epochs or --images, or --restart"
+        )
         return run.ema
-    report = support.Report(run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32")
+    report = support.Report(
+        run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32"
+    )
     started = time.monotonic() - run.seconds  # as if there had been no break
     with report.bar, support.stop_signals() as received:  # a second Ctrl-C ends at once, unsaved
         while run.step < run.total_steps:
@@ -932,7 +1188,9 @@ def train(config, make_optimizers=make_optimizers):
             if stop or run.step == run.total_steps or run.seconds - run.saved_at > seconds_at_risk:
                 run.save()
             if stop and run.step < run.total_steps:
-                processes.say(f"stopped after step {run.step} of {run.total_steps}: give the same command to go on")
+                processes.say(
+                    f"stopped after step {run.step} of {run.total_steps}: give the same command to go on"
+                )
                 sys.exit(128 + stop)  # 130 or 143, the shells' convention
     return run.ema
 

@@ -3,6 +3,7 @@
 None of it is needed to understand diffusion. It needs torch alone; torchvision, PIL, numpy, matplotlib and tqdm are
 imported in the functions that use them. It never imports diffusion_model, which is __main__ in a run.
 """
+
 import argparse
 import atexit
 import contextlib
@@ -27,7 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 if not hasattr(torch.optim, "Muon"):
-    raise ImportError(f"torch {torch.__version__} is too old, 2.9 is needed: pip install --upgrade torch torchvision")
+    raise ImportError(
+        f"torch {torch.__version__} is too old, 2.9 is needed: pip install --upgrade torch torchvision"
+    )
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets
@@ -51,16 +54,21 @@ def draw_shapes(image_size, count, seed=0):
     """Coloured shapes, the same ones for a seed: -> uint8 (count, 3, S, S), labels (count,), the ten class names."""
     numbers = torch.rand(count, 11, generator=torch.Generator().manual_seed(seed), device="cpu")
     labels = (numbers[:, 0] * len(SHAPES)).long()
-    places, colours = numbers[:, 1:4], numbers[:, 4:10].view(count, 2, 3) * 90  # centre, size; shape, background
-    colours[torch.arange(count), (2 * numbers[:, 10]).long()] += 150        # one of the two is bright
-    axis = (torch.arange(4 * image_size) + 0.5) / (2 * image_size) - 1      # four by four points in each pixel
+    places, colours = (
+        numbers[:, 1:4],
+        numbers[:, 4:10].view(count, 2, 3) * 90,
+    )  # centre, size; shape, background
+    colours[torch.arange(count), (2 * numbers[:, 10]).long()] += 150  # one of the two is bright
+    axis = (torch.arange(4 * image_size) + 0.5) / (
+        2 * image_size
+    ) - 1  # four by four points in each pixel
     images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
     for i, (centre_x, centre_y, size) in enumerate(places.tolist()):
         size = 0.55 + 0.3 * size
         x, y = ((axis - (centre - 0.5) / 4) / size for centre in (centre_x, centre_y))
-        x, y = torch.meshgrid(x, y, indexing="xy")                          # (4 S, 4 S) each
+        x, y = torch.meshgrid(x, y, indexing="xy")  # (4 S, 4 S) each
         inside = list(SHAPES.values())[labels[i]](x, y, x.abs(), y.abs())
-        cover = F.avg_pool2d(inside[None].float(), 4)                       # (1, S, S): how much of each pixel
+        cover = F.avg_pool2d(inside[None].float(), 4)  # (1, S, S): how much of each pixel
         shape, background = colours[i, :, :, None, None]
         images[i] = (cover * shape + (1 - cover) * background).round()
     return images, labels, list(SHAPES)
@@ -70,14 +78,19 @@ def open_picture(path, size):
     """Any picture file -> a PIL image: upright, RGB, white where transparent; of a large JPEG what `size` needs."""
     import numpy
     from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as file:
-            file.draft("RGB", (2 * size, 2 * size))  # of a photograph only what is needed: several times as fast
+            file.draft(
+                "RGB", (2 * size, 2 * size)
+            )  # of a photograph only what is needed: several times as fast
             picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith(("I", "F")):  # 16 bits and more: PIL would make all above 255 white
+        if picture.mode.startswith(
+            ("I", "F")
+        ):  # 16 bits and more: PIL would make all above 255 white
             values = numpy.asarray(picture, dtype=float)
             if picture.mode.startswith("I;16") or values.max() > 255:
-                values = values / 257                                       # 65535 -> 255
+                values = values / 257  # 65535 -> 255
             elif picture.mode == "F" and values.max() <= 1:
                 values = values * 255
             picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
@@ -93,13 +106,16 @@ def to_square(picture, image_size):
     """A PIL image, resized and cropped to its centre -> uint8 (3, S, S)."""
     from PIL import ImageOps
     from torchvision.transforms.functional import pil_to_tensor
+
     return pil_to_tensor(ImageOps.fit(picture, [image_size] * 2))
 
 
 def read_picture(path, image_size, channels=3):
     """Any picture file -> uint8 (channels, S, S), resized and cropped to its centre; grey where channels is 1."""
     picture = open_picture(path, image_size)
-    return to_square(picture if channels == 3 else picture.convert("L").convert("RGB"), image_size)[:channels]
+    return to_square(picture if channels == 3 else picture.convert("L").convert("RGB"), image_size)[
+        :channels
+    ]
 
 
 def note(line):
@@ -111,11 +127,30 @@ def note(line):
 def load_folder(folder, image_size, limit):
     """All pictures below `folder`. Its immediate subfolders are the classes, unless pictures lie beside them."""
     from tqdm import tqdm
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic"}
-    paths = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+    suffixes = {
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".avif",
+        ".heic",
+    }
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     images, kept, unreadable, cut = [], [], [], []
-    for path in tqdm(sorted(paths)[:limit], desc="reading", leave=False, disable=not sys.stderr.isatty()):
+    for path in tqdm(
+        sorted(paths)[:limit], desc="reading", leave=False, disable=not sys.stderr.isatty()
+    ):
         try:
             picture = open_picture(path, image_size)
         except ValueError as error:
@@ -123,10 +158,12 @@ def load_folder(folder, image_size, limit):
             continue
         images.append(to_square(picture, image_size))
         kept.append(path.relative_to(folder))
-        cut.append(1 - min(picture.size) / max(picture.size))               # the share that is lost
+        cut.append(1 - min(picture.size) / max(picture.size))  # the share that is lost
     if len(unreadable) > len(kept):
-        raise ValueError(f"{len(unreadable)} of {len(kept) + len(unreadable)} pictures cannot be read: convert them "
-                         f"to JPEG or PNG. The first: {unreadable[0]}")
+        raise ValueError(
+            f"{len(unreadable)} of {len(kept) + len(unreadable)} pictures cannot be read: convert them "
+            f"to JPEG or PNG. The first: {unreadable[0]}"
+        )
     for error in unreadable[:9]:
         note(f"skipped: {error}")
     if len(unreadable) > 9:
@@ -134,9 +171,13 @@ def load_folder(folder, image_size, limit):
     if not kept:
         raise ValueError(f"{folder}: no pictures found ({' '.join(sorted(suffixes))})")
     if max(cut) > 0.1:
-        note(f"cropped: {sum(share > 0.1 for share in cut)} of {len(cut)} pictures are far from square; of the worst, "
-             f"{kept[cut.index(max(cut))]}, {max(cut):.0%} are cut off")
-    if all(torch.equal(image, image[:1].expand_as(image)) for image in images):  # grey: one channel says it all
+        note(
+            f"cropped: {sum(share > 0.1 for share in cut)} of {len(cut)} pictures are far from square; of the worst, "
+            f"{kept[cut.index(max(cut))]}, {max(cut):.0%} are cut off"
+        )
+    if all(
+        torch.equal(image, image[:1].expand_as(image)) for image in images
+    ):  # grey: one channel says it all
         images = [image[:1] for image in images]
     images = torch.stack(images)
     if min(len(path.parts) for path in kept) == 1:  # some pictures lie in `folder` itself
@@ -149,7 +190,9 @@ CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 
 
 def is_cifar10(data):
-    return data == "cifar10" or any((Path(data) / name).exists() for name in ("cifar-10-batches-py", CIFAR10_ARCHIVE))
+    return data == "cifar10" or any(
+        (Path(data) / name).exists() for name in ("cifar-10-batches-py", CIFAR10_ARCHIVE)
+    )
 
 
 def load_images(data, image_size=32, limit=None, out=None):
@@ -165,29 +208,48 @@ def load_images(data, image_size=32, limit=None, out=None):
         return draw_shapes(image_size, limit or 5_000)
     if not is_cifar10(data):
         if not Path(data).is_dir():
-            raise ValueError(f"--data {data}: no such folder; give a folder of images, cifar10 or shapes")
+            raise ValueError(
+                f"--data {data}: no such folder; give a folder of images, cifar10 or shapes"
+            )
         pictures = (Path(out or "") / "samples").resolve()
         if out is not None and Path(data).resolve() in (pictures, *pictures.parents):
-            raise ValueError(f"--out {out} writes pictures into --data {data}: they would become training pictures")
+            raise ValueError(
+                f"--out {out} writes pictures into --data {data}: they would become training pictures"
+            )
         return load_folder(Path(data), image_size, limit)
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
+
     root = Path("data" if data == "cifar10" else data).resolve()
     archive, unpacked = root / CIFAR10_ARCHIVE, root / "cifar-10-batches-py"
-    by_hand = (f"fetch it with curl, which goes on where it broke off: curl -C - --create-dirs -o {quoted(archive)} "
-               f"{CIFAR10.url} (a mirror will do, for its checksum is verified)")
+    by_hand = (
+        f"fetch it with curl, which goes on where it broke off: curl -C - --create-dirs -o {quoted(archive)} "
+        f"{CIFAR10.url} (a mirror will do, for its checksum is verified)"
+    )
     if not archive.exists() and not unpacked.exists():
-        print(f"downloading CIFAR-10 (170 MB) into {root}; if that is slow, Ctrl-C and {by_hand}", flush=True)
+        print(
+            f"downloading CIFAR-10 (170 MB) into {root}; if that is slow, Ctrl-C and {by_hand}",
+            flush=True,
+        )
     try:
         # torchvision would begin an incomplete download again from nothing.
-        if archive.exists() and not unpacked.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
+        if (
+            archive.exists()
+            and not unpacked.exists()
+            and not check_integrity(archive, CIFAR10.tgz_md5)
+        ):
             raise ValueError(f"{archive} is incomplete, or damaged: then delete it")
         # With download=True it also unpacks an archive that was fetched by hand. Either way it checks the checksums.
         cifar = CIFAR10(root, train=True, download=data == "cifar10" or archive.exists())
     except Exception as error:  # no network, a full disk, a file cut off
-        raise ValueError(f"CIFAR-10 could not be loaded ({error}): {by_hand}; or train without it: --data shapes, or "
-                         f"--data FOLDER of your images") from None
-    images, labels = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2), torch.tensor(cifar.targets[:limit])
+        raise ValueError(
+            f"CIFAR-10 could not be loaded ({error}): {by_hand}; or train without it: --data shapes, or "
+            f"--data FOLDER of your images"
+        ) from None
+    images, labels = (
+        torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2),
+        torch.tensor(cifar.targets[:limit]),
+    )
     if image_size != 32:
         images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
     return images, labels, cifar.classes
@@ -211,6 +273,7 @@ def save_grid(images, path, columns, scale=None):
     """Write images (N, C, S, S) in [0, 1] as one picture, a pixel `scale` wide (None: images of about 128 pixels)."""
     from PIL import Image
     from torchvision.utils import make_grid
+
     scale = scale or max(1, 128 // images.shape[-1])
     pixels = to_uint8(images.cpu()).repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -223,11 +286,13 @@ def most_alike(images, data, mirrored=True):
     mirrored: mirror images count as well, as training shows them; where one is nearest, that is returned.
     """
     ways = [images, images.flip(3)] if mirrored else [images]
-    flat = torch.cat(ways).flatten(1)                                       # (ways * N, C * S * S)
-    parts = data.split(1 + 3_000_000 // data[0].numel())                    # of 12 MB each, as float32
-    exact = "donot_use_mm_for_euclid_dist"                                  # for the sake of near-copies
-    distances = torch.cat([torch.cdist(part.flatten(1) / 255, flat, compute_mode=exact) for part in parts])
-    nearest, index = (found.view(len(ways), -1) for found in distances.min(dim=0))          # (ways, N)
+    flat = torch.cat(ways).flatten(1)  # (ways * N, C * S * S)
+    parts = data.split(1 + 3_000_000 // data[0].numel())  # of 12 MB each, as float32
+    exact = "donot_use_mm_for_euclid_dist"  # for the sake of near-copies
+    distances = torch.cat(
+        [torch.cdist(part.flatten(1) / 255, flat, compute_mode=exact) for part in parts]
+    )
+    nearest, index = (found.view(len(ways), -1) for found in distances.min(dim=0))  # (ways, N)
     way = nearest.argmin(dim=0)
     alike = data[index.gather(0, way[None])[0]] / 255
     return torch.where((way == 1)[:, None, None, None], alike.flip(3), alike)
@@ -245,15 +310,23 @@ class SingleFiles:
         endings = ["" if name is None else "_" + re.sub(r"[^\w-]+", "-", name) for name in classes]
         names = [f"{i:05d}{ending}.png" for i, ending in enumerate(endings)]
         if keep and folder is None:
-            raise ValueError(f"{len(names)} pictures are too many for one grid: add --save-each FOLDER, or draw fewer "
-                             f"(-n, --class)")
+            raise ValueError(
+                f"{len(names)} pictures are too many for one grid: add --save-each FOLDER, or draw fewer "
+                f"(-n, --class)"
+            )
         self.folder, self.names = folder, names
         there = {path.name for path in folder.glob("*.png")} if folder else set()
         if there - set(names):
-            raise ValueError(f"--save-each {folder}: name another folder, other pictures are in it, such as "
-                             f"{min(there - set(names))}")
-        done = next((i for i, name in enumerate(names) if name not in there), len(names)) if keep else 0
-        self.first = self.next = max(0, done - 1)                           # the last one again, to compare it
+            raise ValueError(
+                f"--save-each {folder}: name another folder, other pictures are in it, such as "
+                f"{min(there - set(names))}"
+            )
+        done = (
+            next((i for i, name in enumerate(names) if name not in there), len(names))
+            if keep
+            else 0
+        )
+        self.first = self.next = max(0, done - 1)  # the last one again, to compare it
         self.compare = done > 0
 
     @staticmethod
@@ -267,9 +340,11 @@ class SingleFiles:
         for image in images if self.folder else []:
             path = self.folder / self.names[self.next]
             if self.compare and self.differs(path, image):
-                raise ValueError(f"--save-each {self.folder}: name another folder, {path.name} is another picture")
+                raise ValueError(
+                    f"--save-each {self.folder}: name another folder, {path.name} is another picture"
+                )
             self.compare = False
-            save_grid(image[None], path, columns=1, scale=1)                # a single picture gets no border
+            save_grid(image[None], path, columns=1, scale=1)  # a single picture gets no border
             self.next += 1
 
 
@@ -281,20 +356,36 @@ def save_denoising(moments, path):
         index = torch.linspace(0, len(moments) - 1, min(count, len(moments)))
         return torch.stack([moments[i] for i in index.round().int()])
 
-    strip = pick(10).permute(2, 1, 0, 3, 4, 5)                               # (N, 2, moments, C, S, S)
-    save_grid(strip.flatten(0, 2) / 255, path, columns=strip.shape[2], scale=max(1, 64 // strip.shape[-1]))
-    frames = pick(50).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # (moments, 2 S, N S, C): x_t above x_0
+    strip = pick(10).permute(2, 1, 0, 3, 4, 5)  # (N, 2, moments, C, S, S)
+    save_grid(
+        strip.flatten(0, 2) / 255, path, columns=strip.shape[2], scale=max(1, 64 // strip.shape[-1])
+    )
+    frames = (
+        pick(50).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+    )  # (moments, 2 S, N S, C): x_t above x_0
     scale = max(1, 96 // strip.shape[-1])
     size = frames.shape[2] * scale, frames.shape[1] * scale
-    frames = [Image.fromarray(frame.expand(-1, -1, 3).numpy()).resize(size, Image.NEAREST) for frame in frames]
-    durations = [100] * (len(frames) - 1) + [2000]                           # milliseconds: the last one stays a while
-    frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    frames = [
+        Image.fromarray(frame.expand(-1, -1, 3).numpy()).resize(size, Image.NEAREST)
+        for frame in frames
+    ]
+    durations = [100] * (len(frames) - 1) + [2000]  # milliseconds: the last one stays a while
+    frames[0].save(
+        path.with_suffix(".gif"),
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+    )
 
 
 def plot_losses(losses, path):
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
-    figure.add_subplot(xlabel="epoch", ylabel="training loss").plot(range(1, len(losses) + 1), losses, marker=".")
+    figure.add_subplot(xlabel="epoch", ylabel="training loss").plot(
+        range(1, len(losses) + 1), losses, marker="."
+    )
     figure.savefig(path, format="png")
 
 
@@ -305,6 +396,7 @@ def plot_noising(image, processes, schedule, path):
     """
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
+
     figure = Figure(figsize=(10, 5), layout="constrained")
     last = processes[schedule].n_steps - 1
     t = torch.tensor([min(round(share * (last + 1)), last) for share in (0, 0.1, 0.3, 0.5, 1)])
@@ -338,14 +430,22 @@ def check_config(config):
     From Python a Path, a list or a number of numpy's will do as well. Raises a ValueError that names the flag.
     """
     for entry in fields(config):
-        value, least, below = getattr(config, entry.name), entry.metadata["least"], entry.metadata["below"]
+        value, least, below = (
+            getattr(config, entry.name),
+            entry.metadata["least"],
+            entry.metadata["below"],
+        )
         if value is None:
             continue
         try:
             if entry.type in (str, float):
-                value = os.path.expanduser(str(value)) if entry.type is str else float(value)  # --out=~/run
+                value = (
+                    os.path.expanduser(str(value)) if entry.type is str else float(value)
+                )  # --out=~/run
             elif entry.type is tuple:
-                value = tuple(map(operator.index, [value] if hasattr(value, "__index__") else value))
+                value = tuple(
+                    map(operator.index, [value] if hasattr(value, "__index__") else value)
+                )
             else:
                 value = entry.type(operator.index(value))
         except (TypeError, ValueError):
@@ -354,13 +454,18 @@ def check_config(config):
         numbers = value if entry.type is tuple else [value] if entry.type is not str else []
         for number in numbers:
             if not least <= number < below:
-                bounds = [f"at least {least}"] * (least > -math.inf) + [f"below {below}"] * (number >= below)
-                raise ValueError(f"{flag_of(entry.name)} must be {' and '.join(bounds) or 'a number'}, got {number}")
+                bounds = [f"at least {least}"] * (least > -math.inf) + [f"below {below}"] * (
+                    number >= below
+                )
+                raise ValueError(
+                    f"{flag_of(entry.name)} must be {' and '.join(bounds) or 'a number'}, got {number}"
+                )
 
 
 def picture_path(name):
     """The path of a picture to write, as the type of a flag: a wrong ending is refused before anything is drawn."""
     from PIL import Image
+
     if Image.registered_extensions().get(Path(name).suffix.lower()) not in Image.SAVE:
         raise argparse.ArgumentTypeError(f"{name}: unknown file extension, give one such as .png")
     return Path(name)
@@ -373,7 +478,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(kind, argv, description):
     """Read the command line: a flag for each field of the dataclass `kind` -> an instance of it."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for entry in fields(kind):
         default, meaning = entry.default, entry.metadata["meaning"]
         if entry.type is bool:
@@ -394,7 +503,9 @@ def parse_options(kind, argv, description):
 @contextlib.contextmanager
 def ends_in_one_line():
     """Let what a user can cause end in exit code 2 and one line that begins with "error:"."""
-    with contextlib.suppress(AttributeError):  # a redirected output may not know all letters of a class name
+    with contextlib.suppress(
+        AttributeError
+    ):  # a redirected output may not know all letters of a class name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -406,11 +517,19 @@ def ends_in_one_line():
     except ImportError as error:
         message = f"{error}: pip install -r requirements.txt"
     except (MemoryError, RuntimeError) as error:
-        words = ("allocate", "out of memory", "alloc_failed")               # of CPU and MPS; of CUDA; of its libraries
-        if isinstance(error, RuntimeError) and not any(word in str(error).lower() for word in words):
+        words = (
+            "allocate",
+            "out of memory",
+            "alloc_failed",
+        )  # of CPU and MPS; of CUDA; of its libraries
+        if isinstance(error, RuntimeError) and not any(
+            word in str(error).lower() for word in words
+        ):
             raise  # no lack of memory but a bug: show where
-        message = (f"out of memory ({error}): end other programs and give the same command; or lower --batch-size, "
-                   f"--hidden-channels or --image-size, with --restart; to draw, -n below 16 or --device cpu")
+        message = (
+            f"out of memory ({error}): end other programs and give the same command; or lower --batch-size, "
+            f"--hidden-channels or --image-size, with --restart; to draw, -n below 16 or --device cpu"
+        )
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
@@ -421,13 +540,20 @@ def ends_in_one_line():
 
 def tune_torch():
     """Settings of torch and of the C library that make a step faster."""
-    torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: a CPU is many times slower with them
-    torch.backends.cudnn.benchmark = True  # all batches have one shape: worth trying which convolution is fastest
+    torch.set_flush_denormal(
+        True
+    )  # numbers below 1e-38 become 0: a CPU is many times slower with them
+    torch.backends.cudnn.benchmark = (
+        True  # all batches have one shape: worth trying which convolution is fastest
+    )
     with contextlib.suppress(OSError, AttributeError):  # only Linux has glibc
         import ctypes
+
         libc = ctypes.CDLL("libc.so.6")
         # Keep freed memory for the next tensor: new memory costs a fifth of a step on the CPU.
-        libc.mallopt(-4, 0)   # M_MMAP_MAX = 0: no large tensor is returned to the system as soon as it is freed
+        libc.mallopt(
+            -4, 0
+        )  # M_MMAP_MAX = 0: no large tensor is returned to the system as soon as it is freed
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD = -1 (none): nor is the end of the heap
 
 
@@ -443,10 +569,16 @@ def compiled(function, wanted):
 def stop_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that the step in hand can be finished; a second Ctrl-C ends at once."""
     received, handlers = [], {}
-    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # Python lets no other thread set handlers
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         # Ctrl-C is ignored in the background of a script; None was set by another language and cannot be put back.
-        handlers = {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+        handlers = {
+            number: handler
+            for number, handler in handlers.items()
+            if handler not in (None, signal.SIG_IGN)
+        }
 
     def receive(number, frame):
         received.append(number)
@@ -477,13 +609,18 @@ class Processes:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu and local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node of torchrun")
+            raise ValueError(
+                f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node of torchrun"
+            )
         if on_gpu:
             torch.cuda.set_device(self.device)
-        if not torch.distributed.is_initialized():  # it can be, where a program calls train() more than once
-            nccl = on_gpu and torch.distributed.is_nccl_available()         # Windows has none
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
-                                                 timeout=datetime.timedelta(days=1))  # as long as a download may take
+        if (
+            not torch.distributed.is_initialized()
+        ):  # it can be, where a program calls train() more than once
+            nccl = on_gpu and torch.distributed.is_nccl_available()  # Windows has none
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=datetime.timedelta(days=1)
+            )  # as long as a download may take
             atexit.register(torch.distributed.destroy_process_group)
 
     def check_equal(self, number, what):
@@ -514,14 +651,20 @@ class Processes:
 
     def wrap(self, model):
         """`model`, whose gradients backward() averages over the processes."""
-        return model if self.count == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        return (
+            model
+            if self.count == 1
+            else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        )
 
     def shared(self, batch_size, images):
         """The images a step: batch_size, or of a smaller data set what all processes can share evenly."""
         shared = min(batch_size, images) // self.count * self.count
         if shared == 0 or batch_size % self.count:
-            raise ValueError(f"--batch-size {batch_size}, {images} images: {self.count} processes cannot share them "
-                             f"evenly")
+            raise ValueError(
+                f"--batch-size {batch_size}, {images} images: {self.count} processes cannot share them "
+                f"evenly"
+            )
         return shared
 
 
@@ -534,36 +677,59 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, kernels, lr, **options):
         self.kernels = list(kernels)
-        super().__init__([self.matrix(kernel, kernel.detach()) for kernel in self.kernels], lr, **options)
+        super().__init__(
+            [self.matrix(kernel, kernel.detach()) for kernel in self.kernels], lr, **options
+        )
 
     @staticmethod
     def matrix(kernel, values):
         """`values`, like `kernel` (out, in, k, k), as a matrix (out, in * k * k): a view, in both memory formats."""
-        return values.flatten(1) if kernel.is_contiguous() else values.permute(0, 2, 3, 1).flatten(1)
+        return (
+            values.flatten(1) if kernel.is_contiguous() else values.permute(0, 2, 3, 1).flatten(1)
+        )
 
     def step(self):
         for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
             matrix.grad = self.matrix(kernel, kernel.grad)
         super().step()
         for matrix in self.param_groups[0]["params"]:
-            matrix.grad = None  # it would keep the memory of this gradient while the next one is computed
+            matrix.grad = (
+                None  # it would keep the memory of this gradient while the next one is computed
+            )
 
 
 def restore_optimizer(optimizer, saved):
     """Load a saved state_dict() into an optimiser; ValueError if it does not fit the parameters."""
-    if type(optimizer) not in (Muon, torch.optim.AdamW):  # one of your own: what it keeps is its own affair
+    if type(optimizer) not in (
+        Muon,
+        torch.optim.AdamW,
+    ):  # one of your own: what it keeps is its own affair
         optimizer.load_state_dict(saved)
         return
     optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
     for parameter, values in optimizer.state.items():
         for value in values.values():
-            if not isinstance(value, (int, type(None))) and getattr(value, "shape", None) not in (parameter.shape, ()):
+            if not isinstance(value, (int, type(None))) and getattr(value, "shape", None) not in (
+                parameter.shape,
+                (),
+            ):
                 raise ValueError("the state of its optimisers does not fit the network")
 
 
 # The fields of TrainConfig that a SimpleDiffusion takes; a test compares them with its signature.
-MODEL_OPTIONS = ("image_size", "hidden_channels", "channel_mults", "num_res_blocks", "attention_levels", "num_heads",
-                 "dropout", "n_steps", "schedule", "prediction", "t_distribution")
+MODEL_OPTIONS = (
+    "image_size",
+    "hidden_channels",
+    "channel_mults",
+    "num_res_blocks",
+    "attention_levels",
+    "num_heads",
+    "dropout",
+    "n_steps",
+    "schedule",
+    "prediction",
+    "t_distribution",
+)
 
 
 def begin_model(kind, config, in_channels, class_names):
@@ -572,7 +738,9 @@ def begin_model(kind, config, in_channels, class_names):
     An option that contradicts the file is a ValueError, unless no weight depends on it.
     """
     class_names = None if config.unconditional else class_names
-    options = {name: getattr(config, name) for name in MODEL_OPTIONS if getattr(config, name) is not None}
+    options = {
+        name: getattr(config, name) for name in MODEL_OPTIONS if getattr(config, name) is not None
+    }
     if config.init is None:
         return kind(class_names=class_names, in_channels=in_channels, **options)
     source = kind.load(config.init, "cpu")
@@ -583,11 +751,17 @@ def begin_model(kind, config, in_channels, class_names):
     for name, ours in options.items():
         if name in ("image_size", "dropout", "t_distribution"):
             theirs[name] = ours
-        elif (name in given or ours != getattr(type(config), name)) and not agree(name, ours, theirs[name]):
-            raise ValueError(f"{flag_of(name)} {ours} contradicts --init {config.init}, which has {theirs[name]}")
+        elif (name in given or ours != getattr(type(config), name)) and not agree(
+            name, ours, theirs[name]
+        ):
+            raise ValueError(
+                f"{flag_of(name)} {ours} contradicts --init {config.init}, which has {theirs[name]}"
+            )
     size = source.image_size
     if size != config.image_size and "image_size" not in given:
-        raise ValueError(f"--init {config.init} draws {size}x{size} pixels: give --image-size {size}, or another")
+        raise ValueError(
+            f"--init {config.init} draws {size}x{size} pixels: give --image-size {size}, or another"
+        )
     return with_weights_of(source, kind(**theirs))
 
 
@@ -600,7 +774,11 @@ def agree(name, option, value):
 
 def origin_of(path):
     """What model_info.json says of the checkpoint of --init, if there is one."""
-    return {} if path is None else dict(init=path, init_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return (
+        {}
+        if path is None
+        else dict(init=path, init_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    )
 
 
 @torch.no_grad()
@@ -611,8 +789,10 @@ def with_weights_of(source, model):
     without classes draws.
     """
     weights = source.network.state_dict()
-    classes = weights.pop("class_embedding.weight", torch.zeros(1, source.network.config["time_dim"]))
-    model.network.load_state_dict(weights, strict=False)                    # all but those of the classes
+    classes = weights.pop(
+        "class_embedding.weight", torch.zeros(1, source.network.config["time_dim"])
+    )
+    model.network.load_state_dict(weights, strict=False)  # all but those of the classes
     known, names = source.class_names or [], model.class_names
     if names is None:
         model.network.time_mlp[-1].bias += classes[-1]
@@ -630,14 +810,27 @@ def with_channels(images, channels):
 
 
 # A run's other options must be as they were, or it would be another run. A new lr can rescue one whose loss blew up.
-MAY_CHANGE_ON_RESUME = ("out", "epochs", "images", "lr", "sample_every", "device", "compile", "tensorboard", "restart")
+MAY_CHANGE_ON_RESUME = (
+    "out",
+    "epochs",
+    "images",
+    "lr",
+    "sample_every",
+    "device",
+    "compile",
+    "tensorboard",
+    "restart",
+)
 
 
 def changed_options(before, now):
     """What differs between the TrainConfigs of two starts of a run and must not, in words."""
-    return [f"{flag_of(entry.name)} {getattr(before, entry.name)}, not {getattr(now, entry.name)}"
-            for entry in fields(now) if entry.name not in MAY_CHANGE_ON_RESUME
-            and getattr(before, entry.name) != getattr(now, entry.name)]
+    return [
+        f"{flag_of(entry.name)} {getattr(before, entry.name)}, not {getattr(now, entry.name)}"
+        for entry in fields(now)
+        if entry.name not in MAY_CHANGE_ON_RESUME
+        and getattr(before, entry.name) != getattr(now, entry.name)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,15 +845,26 @@ def describe(run):
     """What the checkpoint of a run is: a dict of numbers and strings."""
     config = run.config
     name = "CIFAR-10" if is_cifar10(config.data) else Path(config.data).resolve().name
-    ours = is_cifar10(config.data) or config.data == "shapes"               # not a picture folder of this name
+    ours = is_cifar10(config.data) or config.data == "shapes"  # not a picture folder of this name
     return dict(
-        architecture=f"SimpleUNet {run.model.network.config}", parameters=count_parameters(run.model), dataset=name,
-        images_seen=run.step * run.batch_size, epochs=len(run.epoch_losses), batch_size=run.batch_size,
+        architecture=f"SimpleUNet {run.model.network.config}",
+        parameters=count_parameters(run.model),
+        dataset=name,
+        images_seen=run.step * run.batch_size,
+        epochs=len(run.epoch_losses),
+        batch_size=run.batch_size,
         learning_rate=config.lr,
-        optimizer=" and ".join(type(optimizer).__name__ for optimizer in run.optimizers) + ", cosine decay",
-        **run.model.diffusion.config, **run.origin, final_loss=round(run.epoch_losses[-1], 5),
-        training_minutes=round(run.seconds / 60, 1), device=str(run.images.device), torch=str(torch.__version__),
-        date=time.strftime("%Y-%m-%d"), license="MIT" if ours else "not stated")
+        optimizer=" and ".join(type(optimizer).__name__ for optimizer in run.optimizers)
+        + ", cosine decay",
+        **run.model.diffusion.config,
+        **run.origin,
+        final_loss=round(run.epoch_losses[-1], 5),
+        training_minutes=round(run.seconds / 60, 1),
+        device=str(run.images.device),
+        torch=str(torch.__version__),
+        date=time.strftime("%Y-%m-%d"),
+        license="MIT" if ours else "not stated",
+    )
 
 
 class Report:
@@ -668,58 +872,89 @@ class Report:
 
     def __init__(self, run, resumed, precision):
         from tqdm import tqdm
+
         self.run = run
         self.first = run.processes.rank == 0
         self.shown = time.monotonic()
-        self.began = run.step, run.seconds                                  # an earlier start may have been elsewhere
+        self.began = run.step, run.seconds  # an earlier start may have been elsewhere
         self.announce(resumed, precision)
         self.writer = self.tensorboard_writer() if run.config.tensorboard and self.first else None
         if self.first and not resumed:
             self.first_files()
-        self.bar = tqdm(total=run.total_steps * run.batch_size, initial=run.step * run.batch_size, unit=" images",
-                        unit_scale=True, dynamic_ncols=True, disable=not self.first or not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=run.total_steps * run.batch_size,
+            initial=run.step * run.batch_size,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not self.first or not sys.stderr.isatty(),
+        )
 
     def announce(self, resumed, precision):
         run, config, network = self.run, self.run.config, self.run.model.network
-        hint = "; few steps: --images 200000 trains longer" if run.total_steps < 1000 and not config.init else ""
-        copies = "; so few may be memorised: see samples/nearest.png" if len(run.images) < 1000 else ""
-        few = f" (--batch-size {config.batch_size}: there are fewer)" if run.batch_size < config.batch_size else ""
+        hint = (
+            "; few steps: --images 200000 trains longer"
+            if run.total_steps < 1000 and not config.init
+            else ""
+        )
+        copies = (
+            "; so few may be memorised: see samples/nearest.png" if len(run.images) < 1000 else ""
+        )
+        few = (
+            f" (--batch-size {config.batch_size}: there are fewer)"
+            if run.batch_size < config.batch_size
+            else ""
+        )
         names = run.model.class_names or []
         more = ", ..." if len(names) > 10 else ""
         classes = f"{len(names)} classes: {', '.join(names[:10])}{more}" if names else "no classes"
-        again = (f"going on after step {run.step} from {run.out / 'training_state.pth'} with learning rate "
-                 f"{config.lr:g} (--restart begins again)\n")
+        again = (
+            f"going on after step {run.step} from {run.out / 'training_state.pth'} with learning rate "
+            f"{config.lr:g} (--restart begins again)\n"
+        )
         run.processes.say(
             f"{again if resumed else ''}device    {run.images.device}, {precision}\n"
             f"network   {count_parameters(network) / 1e6:.1f} M parameters, {classes}\n"
             f"data      {len(run.images):,} images of {config.data}, {config.image_size} pixels wide{copies}\n"
             f"training  {run.epochs} epochs of {run.steps_per_epoch} steps, batch {run.batch_size}{few}, "
             f"learning rate {config.lr:g}{hint}\n"
-            f"files     {run.out}")
+            f"files     {run.out}"
+        )
 
     def tensorboard_writer(self):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("--tensorboard needs one more package: pip install tensorboard") from None
+            raise ValueError(
+                "--tensorboard needs one more package: pip install tensorboard"
+            ) from None
         # purge_step: a run that was killed may have written a later epoch, which now comes again.
         run = self.run
-        return SummaryWriter(run.out / "tensorboard", purge_step=run.step - run.step % run.steps_per_epoch + 1)
+        return SummaryWriter(
+            run.out / "tensorboard", purge_step=run.step - run.step % run.steps_per_epoch + 1
+        )
 
     def first_files(self):
         """Before the first step: keep an older checkpoint, show what the network is fed, save the state."""
         run, samples = self.run, self.run.out / "samples"
         samples.mkdir(parents=True, exist_ok=True)
         names = ("diffusion_model.pth", "model_info.json")
-        endings = (f".bak{n if n > 1 else ''}" for n in range(1, 10**6))    # .bak, .bak2, ...: none is overwritten
-        ending = next(end for end in endings if not any((run.out / (name + end)).exists() for name in names))
+        endings = (
+            f".bak{n if n > 1 else ''}" for n in range(1, 10**6)
+        )  # .bak, .bak2, ...: none is overwritten
+        ending = next(
+            end for end in endings if not any((run.out / (name + end)).exists() for name in names)
+        )
         for name in names:
             if (run.out / name).exists():
                 shutil.copyfile(run.out / name, run.out / (name + ending))
         x, _ = run.batch(torch.arange(min(64, len(run.images))))
         save_grid((x + 1) / 2, samples / "data.png", columns=8)
         process, config = type(run.model.diffusion), run.model.diffusion.config
-        processes = {schedule: process(None, **{**config, "schedule": schedule}) for schedule in ("linear", "cosine")}
+        processes = {
+            schedule: process(None, **{**config, "schedule": schedule})
+            for schedule in ("linear", "cosine")
+        }
         plot_noising(x[0].cpu(), processes, config["schedule"], samples / "noising.png")
         run.save()  # now, so that a full disk is noticed at once
 
@@ -751,8 +986,11 @@ class Report:
         first_step, seconds_before = self.began
         speed = (run.step - first_step) * run.batch_size / max(run.seconds - seconds_before, 1e-9)
         minutes_left = (run.total_steps - run.step) * run.batch_size / speed / 60
-        self.bar.write(f"epoch {epoch:3d}/{run.epochs}  loss {run.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
-                       f"{minutes_left:.0f} minutes left", file=sys.stdout)
+        self.bar.write(
+            f"epoch {epoch:3d}/{run.epochs}  loss {run.epoch_losses[-1]:.4f}  {speed:.0f} images/s  "
+            f"{minutes_left:.0f} minutes left",
+            file=sys.stdout,
+        )
         sys.stdout.flush()
         # Where --images counts, an epoch can take a second: at most twenty grids in all.
         every = run.config.sample_every if run.config.images is None else math.ceil(run.epochs / 20)
@@ -760,8 +998,10 @@ class Report:
             self.export()
         if epoch == run.epochs:
             checkpoint = quoted(run.out / "diffusion_model.pth")
-            self.bar.write(f"wrote {checkpoint}; draw from it: python inference_example.py --checkpoint {checkpoint}",
-                           file=sys.stdout)
+            self.bar.write(
+                f"wrote {checkpoint}; draw from it: python inference_example.py --checkpoint {checkpoint}",
+                file=sys.stdout,
+            )
 
     def export(self):
         """Write diffusion_model.pth, what it is to model_info.json, and four samples that are drawn from it."""

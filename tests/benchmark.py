@@ -13,6 +13,7 @@ other things too the ratios mean something, the absolute numbers little. Two cor
 - Each in float32 and, where the device has it, in bfloat16 by torch.autocast.
 - plain sampling: 1000 ancestral steps in float32, of which a few dozen are timed.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -77,10 +78,18 @@ def train_ours(options):
     images, labels = random_data(options)
     support.tune_torch()
     config = dm.TrainConfig(
-        data="shapes", out=options.folder, image_size=IMAGE_SIZE, hidden_channels=options.hidden_channels,
-        batch_size=options.batch_size, epochs=100_000, compile=options.worker.startswith("compiled"))
+        data="shapes",
+        out=options.folder,
+        image_size=IMAGE_SIZE,
+        hidden_channels=options.hidden_channels,
+        batch_size=options.batch_size,
+        epochs=100_000,
+        compile=options.worker.startswith("compiled"),
+    )
     names = [str(i) for i in range(CLASSES)]
-    return dm.TrainingRun(config, images, labels, names, support.Processes(dm.pick_device())).train_step
+    return dm.TrainingRun(
+        config, images, labels, names, support.Processes(dm.pick_device())
+    ).train_step
 
 
 class Normalised(torch.utils.data.TensorDataset):
@@ -91,7 +100,9 @@ class Normalised(torch.utils.data.TensorDataset):
 
 def batches(options):
     """Batches without end, from a DataLoader as it comes."""
-    loader = torch.utils.data.DataLoader(Normalised(*random_data(options)), options.batch_size, shuffle=True)
+    loader = torch.utils.data.DataLoader(
+        Normalised(*random_data(options)), options.batch_size, shuffle=True
+    )
     while True:
         yield from loader
 
@@ -110,6 +121,7 @@ def train_plain(options):
         loss.backward()
         optimizer.step()
         return loss.item()
+
     return step
 
 
@@ -118,16 +130,22 @@ def train_diffusers(options):
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
+
     device, data, width = dm.pick_device(), batches(options), options.hidden_channels * 3 // 4
     model = UNet2DModel(
-        IMAGE_SIZE, layers_per_block=2, block_out_channels=(width, 2 * width, 2 * width),
+        IMAGE_SIZE,
+        layers_per_block=2,
+        block_out_channels=(width, 2 * width, 2 * width),
         norm_num_groups=math.gcd(32, width),
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")).to(device)
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ).to(device)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
     ema.to(device)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, 500, 100_000)
 
     def step():
@@ -144,6 +162,7 @@ def train_diffusers(options):
         optimizer.zero_grad()
         ema.step(model.parameters())
         return loss.item()
+
     return step
 
 
@@ -158,17 +177,25 @@ def sample_ours(options):
 def sample_plain(options):
     """One of a thousand ancestral steps."""
     device = dm.pick_device()
-    diffusion = dm.DiffusionModel(dm.SimpleUNet(hidden_channels=options.hidden_channels)).to(device).eval()
+    diffusion = (
+        dm.DiffusionModel(dm.SimpleUNet(hidden_channels=options.hidden_channels)).to(device).eval()
+    )
     x_t = torch.randn(16, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     return lambda: diffusion.p_sample(x_t, torch.full((16,), 500, device=device))
 
 
 # -- The processes, and the table -------------------------------------------------------------------------------------
 
-TRAINING = dict(plain=("plain loop", train_plain), diffusers=("diffusers, its example's loop", train_diffusers),
-                ours=("this project", train_ours), compiled=("this project, --compile", train_ours))
+TRAINING = dict(
+    plain=("plain loop", train_plain),
+    diffusers=("diffusers, its example's loop", train_diffusers),
+    ours=("this project", train_ours),
+    compiled=("this project, --compile", train_ours),
+)
 PRECISIONS = ("float32", "bfloat16")
-WORKERS = {f"{name}_{precision}": side for precision in PRECISIONS for name, (_, side) in TRAINING.items()}
+WORKERS = {
+    f"{name}_{precision}": side for precision in PRECISIONS for name, (_, side) in TRAINING.items()
+}
 WORKERS |= dict(sample_plain=sample_plain, sample_ours=sample_ours)
 
 
@@ -179,9 +206,17 @@ def work(options):
     with contextlib.redirect_stdout(io.StringIO()):
         rate, count = timed(WORKERS[options.worker](options), options.seconds)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    print(json.dumps(dict(rate=rate, count=count, threads=torch.get_num_threads(),
-                          memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-                          gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)))
+    print(
+        json.dumps(
+            dict(
+                rate=rate,
+                count=count,
+                threads=torch.get_num_threads(),
+                memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+                gpu_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            )
+        )
+    )
 
 
 def measure(workers, folder):
@@ -189,11 +224,17 @@ def measure(workers, folder):
     results = {name: [] for name in workers}
     for name in list(workers) * ROUNDS:
         print(f"  {name} ...", end="\r", file=sys.stderr, flush=True)
-        process = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", folder],
-                                 stdout=subprocess.PIPE, text=True, check=True)
+        process = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", folder],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
         results[name].append(json.loads(process.stdout.splitlines()[-1]))
-    return {name: {key: statistics.median(result[key] for result in found) for key in found[0]}
-            for name, found in results.items()}
+    return {
+        name: {key: statistics.median(result[key] for result in found) for key in found[0]}
+        for name, found in results.items()
+    }
 
 
 def cpu_name():
@@ -206,35 +247,65 @@ def cpu_name():
 
 def report(found, options, parameters):
     theirs, sampling = found["sample_plain"], found["sample_ours"]
-    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()}, {os.cpu_count()} cores, "
-          f"{sampling['threads']:.0f} threads, torch {torch.__version__}")
-    print(f"{parameters / 1e6:.1f} M parameters, {IMAGE_SIZE}x{IMAGE_SIZE} images, batch {options.batch_size}, "
-          f"median of {ROUNDS} rounds\n")
+    print(
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()}, {os.cpu_count()} cores, "
+        f"{sampling['threads']:.0f} threads, torch {torch.__version__}"
+    )
+    print(
+        f"{parameters / 1e6:.1f} M parameters, {IMAGE_SIZE}x{IMAGE_SIZE} images, batch {options.batch_size}, "
+        f"median of {ROUNDS} rounds\n"
+    )
     line = "{:40} {:>10.4g} {:>9} {:>6.0f}   {}".format
-    print(f"{'training':40} {'images/s':>10} {'steps/s':>9} {'timed':>6}   in this precision, this project is")
+    print(
+        f"{'training':40} {'images/s':>10} {'steps/s':>9} {'timed':>6}   in this precision, this project is"
+    )
     for precision in PRECISIONS:
         for name, (label, _) in TRAINING.items():
             if result := found.get(f"{name}_{precision}"):
                 ratio = found[f"ours_{precision}"]["rate"] / result["rate"]
-                print(line(f"{label}, {precision}", result["rate"] * options.batch_size, f"{result['rate']:.3f}",
-                           result["count"], f"{ratio:.2f} times as fast" if name != "ours" else ""))
+                print(
+                    line(
+                        f"{label}, {precision}",
+                        result["rate"] * options.batch_size,
+                        f"{result['rate']:.3f}",
+                        result["count"],
+                        f"{ratio:.2f} times as fast" if name != "ours" else "",
+                    )
+                )
     plain, fast = theirs["rate"] / 1000 * 16, sampling["rate"] * 16
     print("\nsampling 16 images")
-    print(line("1000 ancestral steps, float32", plain, "", theirs["count"],
-               f"{fast / plain:.0f} times as fast (the steps timed, scaled to 1000)"))
+    print(
+        line(
+            "1000 ancestral steps, float32",
+            plain,
+            "",
+            theirs["count"],
+            f"{fast / plain:.0f} times as fast (the steps timed, scaled to 1000)",
+        )
+    )
     steps = dm.SAMPLERS["dpm++"].steps
     print(line(f"this project, {steps} steps of dpm++", fast, "", sampling["count"], ""))
-    gpu = f", and {sampling['gpu_memory'] / 1e6:.0f} MB of the GPU's" if sampling["gpu_memory"] else ""
-    print(f"\npeak memory of a process that loads the model and samples: {sampling['memory'] / 1e6:.0f} MB{gpu}")
+    gpu = (
+        f", and {sampling['gpu_memory'] / 1e6:.0f} MB of the GPU's"
+        if sampling["gpu_memory"]
+        else ""
+    )
+    print(
+        f"\npeak memory of a process that loads the model and samples: {sampling['memory'] / 1e6:.0f} MB{gpu}"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", action="store_true", help="diffusers too, where it is installed")
     parser.add_argument("--compile", action="store_true", help="a row for --compile too")
     parser.add_argument("--hidden-channels", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20, help="to time each side, in each of the rounds")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="to time each side, in each of the rounds"
+    )
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -245,8 +316,11 @@ def main():
         options.peers = False
 
     sides = ["plain"] + ["diffusers"] * options.peers + ["ours"] + ["compiled"] * options.compile
-    precisions = PRECISIONS[:2 if dm.has_bfloat16(dm.pick_device()) else 1]
-    workers = [f"{side}_{precision}" for precision in precisions for side in sides] + ["sample_plain", "sample_ours"]
+    precisions = PRECISIONS[: 2 if dm.has_bfloat16(dm.pick_device()) else 1]
+    workers = [f"{side}_{precision}" for precision in precisions for side in sides] + [
+        "sample_plain",
+        "sample_ours",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         model = dm.SimpleDiffusion(IMAGE_SIZE, hidden_channels=options.hidden_channels)
         model.save(Path(folder) / "untrained.pth")

@@ -1,4 +1,5 @@
 """What the tests share. They need no network, no GPU and no data set."""
+
 import contextlib
 import itertools
 import os
@@ -12,9 +13,33 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TINY = dict(hidden_channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), num_heads=2, time_dim=16)
-INFO = {"architecture", "parameters", "dataset", "images_seen", "epochs", "batch_size", "optimizer", "learning_rate",
-        "prediction", "schedule", "n_steps", "final_loss", "training_minutes", "device", "torch", "date", "license"}
+TINY = dict(
+    hidden_channels=8,
+    channel_mults=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(1,),
+    num_heads=2,
+    time_dim=16,
+)
+INFO = {
+    "architecture",
+    "parameters",
+    "dataset",
+    "images_seen",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "prediction",
+    "schedule",
+    "n_steps",
+    "final_loss",
+    "training_minutes",
+    "device",
+    "torch",
+    "date",
+    "license",
+}
 
 
 def pytest_configure(config):
@@ -36,6 +61,7 @@ def new_run(**options):
     """The TrainingRun that train(TrainConfig(**options)) makes, at its very beginning."""
     import diffusion_model as dm
     import support
+
     config = dm.TrainConfig(**options)
     data = dm.load_images(config.data, config.image_size, config.limit)
     return dm.TrainingRun(config, *data, support.Processes(dm.pick_device(config.device)))
@@ -43,8 +69,14 @@ def new_run(**options):
 
 def run(script, *args, cwd, timeout=240, **env):
     """Run `python SCRIPT ARGS` of this repository in the folder `cwd`: -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True, timeout=timeout, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+    )
 
 
 def assert_error(process, *words):
@@ -63,7 +95,10 @@ def error_of(main, capsys, *args):
         main(list(map(str, args)))
     except SystemExit as stopped:
         lines = capsys.readouterr().err.strip().splitlines()
-        assert stopped.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (stopped.code, lines)
+        assert stopped.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
+            stopped.code,
+            lines,
+        )
         assert len(lines[0]) < 2000
         return lines[0]
 
@@ -71,7 +106,10 @@ def error_of(main, capsys, *args):
 def peak_memory():
     """The most memory that this process has held, in bytes."""
     import resource  # Windows has none; test_device.py, which is for it too, needs none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def state(folder="."):
@@ -93,17 +131,24 @@ def same(a, b):
 def spy(set_attribute, owner, name, note):
     """Have note(*arguments) called before each call of owner.name."""
     function = getattr(owner, name)
-    set_attribute(owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1])
+    set_attribute(
+        owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1]
+    )
 
 
 @contextlib.contextmanager
 def stopped_in_step(number, monkeypatch):
     """In this block a run gets SIGTERM in the step of this number, from 1, after its start."""
     import diffusion_model
+
     steps = itertools.count(1)
     with monkeypatch.context() as patch:
-        spy(patch.setattr, diffusion_model.TrainingRun, "train_step",
-            lambda run: next(steps) == number and os.kill(os.getpid(), signal.SIGTERM))
+        spy(
+            patch.setattr,
+            diffusion_model.TrainingRun,
+            "train_step",
+            lambda run: next(steps) == number and os.kill(os.getpid(), signal.SIGTERM),
+        )
         yield
 
 
@@ -111,6 +156,7 @@ def stopped_in_step(number, monkeypatch):
 def here(tmp_path, monkeypatch):
     """An empty working folder. The two plots take longer than a run, so they are left out."""
     import support
+
     monkeypatch.chdir(tmp_path)
     for plot in ("plot_noising", "plot_losses"):
         monkeypatch.setattr(support, plot, lambda *_: None)
@@ -121,5 +167,6 @@ def here(tmp_path, monkeypatch):
 def tiny_model():
     """A conditional SimpleDiffusion for 8x8 images in three classes, its weights perturbed."""
     import diffusion_model
+
     torch.manual_seed(0)
     return perturb(diffusion_model.SimpleDiffusion(8, class_names=["a", "b", "c"], **TINY)).eval()

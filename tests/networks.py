@@ -1,4 +1,5 @@
 """A network of another make, to show that DiffusionModel takes any: a U-Net around torchvision's ResNet-18."""
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,34 +50,41 @@ class ResNetUNet(nn.Module):
         if weights is not None and not named:
             resnet.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self.time_dim = time_dim
-        self.time_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim),
-                                      nn.SiLU())
-        self.encoder = nn.ModuleList([                                     # for images of 64x64:
-            nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu),          # (B, 64, 32, 32)
-            nn.Sequential(resnet.maxpool, resnet.layer1),                  # (B, 64, 16, 16)
-            resnet.layer2,                                                 # (B, 128, 8, 8)
-            resnet.layer3,                                                 # (B, 256, 4, 4)
-            resnet.layer4,                                                 # (B, 512, 2, 2)
-        ])
+        self.time_mlp = nn.Sequential(
+            nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
+        )
+        self.encoder = nn.ModuleList(
+            [  # for images of 64x64:
+                nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu),  # (B, 64, 32, 32)
+                nn.Sequential(resnet.maxpool, resnet.layer1),  # (B, 64, 16, 16)
+                resnet.layer2,  # (B, 128, 8, 8)
+                resnet.layer3,  # (B, 256, 4, 4)
+                resnet.layer4,  # (B, 512, 2, 2)
+            ]
+        )
         # ResNet knows nothing of time: each of its stages is told by a shift of what it is given.
-        self.time = nn.ModuleList(nn.Linear(time_dim, channels) for channels in (3, 64, 64, 128, 256))
+        self.time = nn.ModuleList(
+            nn.Linear(time_dim, channels) for channels in (3, 64, 64, 128, 256)
+        )
         self.middle = Attention(512, num_heads)
-        self.decoder = nn.ModuleList([
-            Grow(512, 256, 256, time_dim, num_heads),                      # (B, 256, 4, 4)
-            Grow(256, 128, 128, time_dim, num_heads),                      # (B, 128, 8, 8)
-            Grow(128, 64, 64, time_dim, num_heads),                        # (B, 64, 16, 16)
-            Grow(64, 64, 64, time_dim, 0),                                 # (B, 64, 32, 32)
-            Grow(64, 3, 32, time_dim, 0),                                  # (B, 32, 64, 64), joined with x itself
-        ])
+        self.decoder = nn.ModuleList(
+            [
+                Grow(512, 256, 256, time_dim, num_heads),  # (B, 256, 4, 4)
+                Grow(256, 128, 128, time_dim, num_heads),  # (B, 128, 8, 8)
+                Grow(128, 64, 64, time_dim, num_heads),  # (B, 64, 16, 16)
+                Grow(64, 64, 64, time_dim, 0),  # (B, 64, 32, 32)
+                Grow(64, 3, 32, time_dim, 0),  # (B, 32, 64, 64), joined with x itself
+            ]
+        )
         self.out = nn.Conv2d(32, 3, 1)
 
     def forward(self, x, t):
-        emb = self.time_mlp(time_embedding(t, self.time_dim))              # (B, time_dim)
+        emb = self.time_mlp(time_embedding(t, self.time_dim))  # (B, time_dim)
         skips = []
         for stage, time in zip(self.encoder, self.time):
             skips.append(x)
             x = stage(x + time(emb)[:, :, None, None])
-        x = self.middle(x)                                                 # (B, 512, 2, 2)
+        x = self.middle(x)  # (B, 512, 2, 2)
         for grow in self.decoder:
             x = grow(x, skips.pop(), emb)
         return self.out(x)

@@ -3,6 +3,7 @@
 On some versions of PyTorch some devices gave wrong results without an error. These tests skip where there is no device
 but the CPU.
 """
+
 import copy
 
 import pytest
@@ -31,7 +32,9 @@ def test_a_drawing(pair):
     """The same pictures from the same seed, but for rounding."""
     options = dict(y=[0, 1, 2, 3], guidance=2.0, seed=0, progress=False)
     ours, theirs = (support.to_uint8(model.sample(4, **options)).cpu() for model in pair)
-    assert (ours.float() - theirs.float()).abs().mean() < 1, f"{DEVICE} draws other pictures than the CPU"
+    assert (ours.float() - theirs.float()).abs().mean() < 1, (
+        f"{DEVICE} draws other pictures than the CPU"
+    )
 
 
 def test_attention_without_gradients():
@@ -43,7 +46,9 @@ def test_attention_without_gradients():
     x = torch.randn(2, 128, 8, 16)
     with torch.no_grad():
         ours, theirs = attention(x) - x, copy.deepcopy(attention).to(DEVICE)(x.to(DEVICE)).cpu() - x
-    assert (ours - theirs).norm() < 0.003 * ours.norm(), f"{DEVICE} has another attention than the CPU"
+    assert (ours - theirs).norm() < 0.003 * ours.norm(), (
+        f"{DEVICE} has another attention than the CPU"
+    )
 
 
 def test_a_training_step(pair):
@@ -58,9 +63,14 @@ def test_a_training_step(pair):
             loss = model(*(tensor.to(device) for tensor in (x, y, t, noise)))
         loss.backward()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3), f"{DEVICE} has another loss than the CPU"
-    differing = [name for (name, ours), theirs in zip(pair[0].named_parameters(), pair[1].parameters())
-                 if (ours.grad - theirs.grad.cpu()).norm() > 0.01 * ours.grad.norm() + 1e-6]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3), (
+        f"{DEVICE} has another loss than the CPU"
+    )
+    differing = [
+        name
+        for (name, ours), theirs in zip(pair[0].named_parameters(), pair[1].parameters())
+        if (ours.grad - theirs.grad.cpu()).norm() > 0.01 * ours.grad.norm() + 1e-6
+    ]
     assert not differing, f"{DEVICE} has other gradients than the CPU: {differing}"
 
 
@@ -73,8 +83,11 @@ def test_optimisers(pair):
         for optimizer in dm.make_optimizers(model.model, 1e-3):
             optimizer.step()
     parameters = zip(before.named_parameters(), *(model.parameters() for model in pair))
-    differing = [name for (name, old), ours, theirs in parameters
-                 if (ours - theirs.cpu()).norm() > 0.1 * (ours - old).norm()]
+    differing = [
+        name
+        for (name, old), ours, theirs in parameters
+        if (ours - theirs.cpu()).norm() > 0.1 * (ours - old).norm()
+    ]
     assert not differing, f"{DEVICE} takes other steps than the CPU: {differing}"
 
 
@@ -85,5 +98,7 @@ def test_a_run():
     for _ in range(4):
         run.train_step()
     assert run.images.device.type == DEVICE.type and all(0.1 < loss < 1.5 for loss in run.losses)
-    assert all(new.isfinite().all() and not new.equal(old)
-               for new, old in zip(run.ema.network.parameters(), average.network.parameters()))
+    assert all(
+        new.isfinite().all() and not new.equal(old)
+        for new, old in zip(run.ema.network.parameters(), average.network.parameters())
+    )

@@ -1,4 +1,5 @@
 """No file can hurt: damaged checkpoints and states, full disks, pictures of every kind, data that is not there."""
+
 import copy
 import errno
 import io
@@ -28,8 +29,10 @@ from diffusion_model import DiffusionModel, SimpleDiffusion, SimpleUNet, load_im
 
 # torch has much to say about odd tensors.
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("here")]
-RUN = ("--data shapes --image-size 4 --hidden-channels 2 --channel-mults 1 --num-res-blocks 1 --attention-levels "
-       "--limit 8 --batch-size 4 --epochs 2 --sample-every 1 --device cpu").split()  # two epochs of two steps
+RUN = (
+    "--data shapes --image-size 4 --hidden-channels 2 --channel-mults 1 --num-res-blocks 1 --attention-levels "
+    "--limit 8 --batch-size 4 --epochs 2 --sample-every 1 --device cpu"
+).split()  # two epochs of two steps
 
 
 @pytest.fixture
@@ -71,12 +74,35 @@ def rewritten(data, pickled=None, extra=None):
 
 def broken(data, flips, seed=0):
     """The file cut off at every kind of place, and with single bytes changed: yields name, bytes."""
-    chance, length, directory, end = random.Random(seed), len(data), data.index(b"PK\1\2"), data.index(b"PK\5\6")
-    cuts = {0, 1, 2, 4, 29, 30, 31, 64, 100, length // 4, length // 2, directory, directory + 20, end, end + 9}
+    chance, length, directory, end = (
+        random.Random(seed),
+        len(data),
+        data.index(b"PK\1\2"),
+        data.index(b"PK\5\6"),
+    )
+    cuts = {
+        0,
+        1,
+        2,
+        4,
+        29,
+        30,
+        31,
+        64,
+        100,
+        length // 4,
+        length // 2,
+        directory,
+        directory + 20,
+        end,
+        end + 9,
+    }
     cuts |= {length - 100, length - 23, length - 22, length - 2, length - 1}
     for size in sorted(cuts | {chance.randrange(length) for _ in range(20)}):
         yield f"cut to {size} bytes", data[:size]
-    for place in [chance.randrange(length) for _ in range(flips)] + [length - 1 - i for i in range(0, 200, 3)]:
+    for place in [chance.randrange(length) for _ in range(flips)] + [
+        length - 1 - i for i in range(0, 200, 3)
+    ]:
         changed = bytearray(data)
         changed[place] ^= chance.randrange(1, 256)
         yield f"byte {place} changed", bytes(changed)
@@ -99,9 +125,24 @@ def laughs(depth=40):
     return value
 
 
-ODD = dict(none=None, text="x", empty_text="", a_list=[1, "x", None], nested=[[[[]]]], a_dict={"a": {1: 2}}, minus=-1,
-           zero=0, huge=10**30, fraction=2.5, nan=float("nan"), infinite=float("inf"), true=True,
-           tensor=torch.zeros(1).expand(10**12), laughs=laughs(), unprintable=10**5000)
+ODD = dict(
+    none=None,
+    text="x",
+    empty_text="",
+    a_list=[1, "x", None],
+    nested=[[[[]]]],
+    a_dict={"a": {1: 2}},
+    minus=-1,
+    zero=0,
+    huge=10**30,
+    fraction=2.5,
+    nan=float("nan"),
+    infinite=float("inf"),
+    true=True,
+    tensor=torch.zeros(1).expand(10**12),
+    laughs=laughs(),
+    unprintable=10**5000,
+)
 
 
 def hostile(data):
@@ -114,8 +155,13 @@ def hostile(data):
     yield "code in the pickle", rewritten(data, pickle.dumps(Code(), protocol=2))
     yield "nested lists", rewritten(data, b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
     yield "zip bomb", rewritten(data, extra=100_000_000)
-    yield from ((f"all is {name}", to_bytes(value)) for name, value in ODD.items() if name != "tensor")
-    yield from ((f"without {name}", to_bytes({key: good[key] for key in good if key != name})) for name in good)
+    yield from (
+        (f"all is {name}", to_bytes(value)) for name, value in ODD.items() if name != "tensor"
+    )
+    yield from (
+        (f"without {name}", to_bytes({key: good[key] for key in good if key != name}))
+        for name in good
+    )
 
 
 def wrong_weights(good, field):
@@ -123,12 +169,26 @@ def wrong_weights(good, field):
     weights, (name, tensor) = good[field], next(iter(good[field].items()))
     zero = torch.zeros(1, dtype=tensor.dtype)
     for what, value in dict(
-            missing=None, nan=tensor * float("nan"), infinite=tensor / 0, reshaped=tensor[None], smaller=tensor[:1],
-            whole_numbers=tensor.long(), complex=tensor.to(torch.complex64), meta=tensor.to("meta"), no_tensor=1.0,
-            text="x", nested={"a": tensor}, sparse=tensor.to_sparse(), claimed=zero.expand(10**12),
-            repeated=zero.expand(tensor.shape)).items():
+        missing=None,
+        nan=tensor * float("nan"),
+        infinite=tensor / 0,
+        reshaped=tensor[None],
+        smaller=tensor[:1],
+        whole_numbers=tensor.long(),
+        complex=tensor.to(torch.complex64),
+        meta=tensor.to("meta"),
+        no_tensor=1.0,
+        text="x",
+        nested={"a": tensor},
+        sparse=tensor.to_sparse(),
+        claimed=zero.expand(10**12),
+        repeated=zero.expand(tensor.shape),
+    ).items():
         yield f"{field} {what}", {**good, field: {**weights, name: value}}
-    yield f"{field} without one", {**good, field: {key: weights[key] for key in weights if key != name}}
+    yield (
+        f"{field} without one",
+        {**good, field: {key: weights[key] for key in weights if key != name}},
+    )
     yield f"{field} with one more", {**good, field: {**weights, "more": tensor}}
     yield f"{field} with a number for a name", {**good, field: {**weights, 3: tensor}}
 
@@ -159,19 +219,43 @@ def damaged_checkpoints(data):
     yield from hostile(data)
     yield from ((name, to_bytes(saved)) for name, saved in wrong_weights(good, "model_state_dict"))
     for field in good:
-        yield from ((f"{field} is {name}", to_bytes({**good, field: value})) for name, value in ODD.items())
+        yield from (
+            (f"{field} is {name}", to_bytes({**good, field: value})) for name, value in ODD.items()
+        )
     for part in ("model_config", "diffusion_config"):
         for field in good[part]:
             for name, value in ODD.items():
                 yield f"{field} is {name}", to_bytes({**good, part: {**good[part], field: value}})
         yield f"{part} with one more", to_bytes({**good, part: {**good[part], "more": 1}})
-    yield "a size of 0 and laughs", to_bytes({**good, "model_config": {
-        **good["model_config"], "hidden_channels": 0, "attention_levels": laughs()}})
+    yield (
+        "a size of 0 and laughs",
+        to_bytes(
+            {
+                **good,
+                "model_config": {
+                    **good["model_config"],
+                    "hidden_channels": 0,
+                    "attention_levels": laughs(),
+                },
+            }
+        ),
+    )
 
 
 # What may load, since it does no harm: these fields, and these values of others.
-HARMLESS = {"info", "class_names", "num_heads", "dropout", "beta_end", "n_steps", "without info",
-            "num_classes is none", "num_heads is none", "attention_levels is none", "t_distribution"}
+HARMLESS = {
+    "info",
+    "class_names",
+    "num_heads",
+    "dropout",
+    "beta_end",
+    "n_steps",
+    "without info",
+    "num_classes is none",
+    "num_heads is none",
+    "attention_levels is none",
+    "t_distribution",
+}
 
 
 def test_damaged_checkpoints(checkpoint, tiny_model, capsys):
@@ -186,24 +270,43 @@ def test_damaged_checkpoints(checkpoint, tiny_model, capsys):
         except ValueError as error:
             assert "damaged.pth" in str(error) and "\n" not in str(error)
             if next(refused) % 10 == 0:  # the line of the command is made of the same error
-                line = error_of(inference_example.main, capsys, "--checkpoint", path, "--device", "cpu")
+                line = error_of(
+                    inference_example.main, capsys, "--checkpoint", path, "--device", "cpu"
+                )
                 assert "damaged.pth" in line
         else:
-            assert name.startswith("byte") or name in HARMLESS or name.split()[0] in HARMLESS, "it loads"
+            assert name.startswith("byte") or name in HARMLESS or name.split()[0] in HARMLESS, (
+                "it loads"
+            )
             assert all(torch.equal(tensor, want[key]) for key, tensor in model.state_dict().items())
             assert model.sample(1, steps=1, seed=0, progress=False).isfinite().all()
-            inference_example.main(["--checkpoint", "damaged.pth", "-n", "1", "--steps", "1", "--device", "cpu"])
+            inference_example.main(
+                ["--checkpoint", "damaged.pth", "-n", "1", "--steps", "1", "--device", "cpu"]
+            )
         assert path.read_bytes() == data
+
     check_all(damaged_checkpoints(checkpoint), check, at_least=500)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("hidden_channels", 10**9), ("num_res_blocks", 10**9), ("n_steps", 10**12), ("channel_mults", [1] * 10**6),
-    ("channel_mults", [10**9] * 2), ("image_size", 10**9), ("time_dim", 10**9), ("num_classes", 10**12)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("hidden_channels", 10**9),
+        ("num_res_blocks", 10**9),
+        ("n_steps", 10**12),
+        ("channel_mults", [1] * 10**6),
+        ("channel_mults", [10**9] * 2),
+        ("image_size", 10**9),
+        ("time_dim", 10**9),
+        ("num_classes", 10**12),
+    ],
+)
 def test_a_file_that_claims_an_absurd_size(checkpoint, field, value):
     """It is refused, at once and before anything of that size is allocated."""
     saved = from_bytes(checkpoint)
-    next(part for part in (saved, saved["model_config"], saved["diffusion_config"]) if field in part)[field] = value
+    next(
+        part for part in (saved, saved["model_config"], saved["diffusion_config"]) if field in part
+    )[field] = value
     Path("absurd.pth").write_bytes(to_bytes(saved))
     memory, seconds = peak_memory(), time.process_time()
     with pytest.raises(ValueError, match="absurd.pth"):
@@ -215,7 +318,9 @@ def test_a_zip_bomb_is_not_unpacked(checkpoint, monkeypatch):
     """Its directory tells what it is: no entry of it is read."""
     Path("bomb.pth").write_bytes(rewritten(checkpoint, extra=10_000_000))
     opened, real = [], zipfile.ZipFile.open
-    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *args: (opened.append(args), real(*args))[1])
+    monkeypatch.setattr(
+        zipfile.ZipFile, "open", lambda *args: (opened.append(args), real(*args))[1]
+    )
     with pytest.raises(ValueError, match="bomb.pth"):
         SimpleDiffusion.load("bomb.pth", "cpu")
     assert not opened
@@ -223,9 +328,11 @@ def test_a_zip_bomb_is_not_unpacked(checkpoint, monkeypatch):
 
 def test_damage_on_the_command_line(checkpoint):
     """Both commands, as processes of their own: one line, exit code 2, no traceback, the file as it was."""
-    half = checkpoint[:len(checkpoint) // 2]
-    for script, name, flags in (("inference_example.py", "diffusion_model.pth", []),
-                                ("diffusion_model.py", "training_state.pth", RUN)):
+    half = checkpoint[: len(checkpoint) // 2]
+    for script, name, flags in (
+        ("inference_example.py", "diffusion_model.pth", []),
+        ("diffusion_model.py", "training_state.pth", RUN),
+    ):
         Path(name).write_bytes(half)
         assert_error(run(script, *flags, cwd="."), name, "damaged")
         assert Path(name).read_bytes() == half and not Path("samples").exists()
@@ -235,27 +342,40 @@ def test_damage_on_the_command_line(checkpoint):
 
 def damaged_states(data):
     good = from_bytes(data)
-    yield from itertools.islice(broken(data, flips=40, seed=1), 0, None, 8)  # read as checkpoints are
+    yield from itertools.islice(
+        broken(data, flips=40, seed=1), 0, None, 8
+    )  # read as checkpoints are
     yield from hostile(data)
     for field in ("model", "ema"):
         yield from ((name, to_bytes(saved)) for name, saved in wrong_weights(good, field))
     for field in good:
-        yield from ((f"{field} is {name}", to_bytes({**good, field: value})) for name, value in ODD.items())
+        yield from (
+            (f"{field} is {name}", to_bytes({**good, field: value})) for name, value in ODD.items()
+        )
     for field in ("epochs", "channel_mults", "more"):
         for name, value in ODD.items():
-            yield f"config {field} is {name}", to_bytes({**good, "config": {**good["config"], field: value}})
+            yield (
+                f"config {field} is {name}",
+                to_bytes({**good, "config": {**good["config"], field: value}}),
+            )
     for step in (-3, 1, 2, 4, 5, 10**9):
         yield f"step is {step}", to_bytes({**good, "step": step})
     for field in ("losses", "epoch_losses"):
-        hold = dict(empty=[], nan=[float("nan")], text=["x"], tensor=[torch.zeros(2)], many=[0.5] * 9)
+        hold = dict(
+            empty=[], nan=[float("nan")], text=["x"], tensor=[torch.zeros(2)], many=[0.5] * 9
+        )
         for name, value in hold.items():
             yield f"{field} hold {name}", to_bytes({**good, field: value})
     for which, name in ((0, "momentum_buffer"), (1, "exp_avg")):
-        for what, value in dict(nan=float("nan"), small=torch.zeros(7), text="x", a_list=[1.0]).items():
+        for what, value in dict(
+            nan=float("nan"), small=torch.zeros(7), text="x", a_list=[1.0]
+        ).items():
             changed = copy.deepcopy(good)
             changed["optimizers"][which]["state"][0][name] = value
             yield f"optimizers hold {what} as {name}", to_bytes(changed)
-    for name, value in dict(none=[], one=good["optimizers"][:1], three=good["optimizers"] * 2).items():
+    for name, value in dict(
+        none=[], one=good["optimizers"][:1], three=good["optimizers"] * 2
+    ).items():
         yield f"optimizers are {name}", to_bytes({**good, "optimizers": value})
 
 
@@ -270,9 +390,12 @@ def test_damaged_states(state, capsys):
             assert "training_state.pth" in line or "begun with" in line, line
             assert path.read_bytes() == data
         else:
-            assert all(tensor.isfinite().all() for tensor in from_bytes(path.read_bytes())["ema"].values())
+            assert all(
+                tensor.isfinite().all() for tensor in from_bytes(path.read_bytes())["ema"].values()
+            )
             refused = ("step is", "losses hold", "epoch_losses hold", "optim", "model ", "ema ")
             assert not name.startswith(refused) or name.endswith("whole_numbers"), "it goes on"
+
     check_all(damaged_states(state), check, at_least=300)
 
 
@@ -284,40 +407,65 @@ def half_a_save(error):
         real(saved, path)
         os.truncate(path, 1000)
         raise error
+
     return save
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")])
-def test_a_save_that_fails_leaves_the_old_file(checkpoint, state, tiny_model, monkeypatch, capsys, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    ],
+)
+def test_a_save_that_fails_leaves_the_old_file(
+    checkpoint, state, tiny_model, monkeypatch, capsys, error
+):
     """Checkpoint and state: byte for byte what they were, no temporary file left, an error that names the file."""
     monkeypatch.setattr(torch, "save", half_a_save(error))
     with pytest.raises(OSError, match="good.pth"):
         perturb(tiny_model).save("good.pth")
-    assert "diffusion_model.pth could not be written" in error_of(diffusion_model.main, capsys, *RUN)
+    assert "diffusion_model.pth could not be written" in error_of(
+        diffusion_model.main, capsys, *RUN
+    )
     monkeypatch.setattr(support.Report, "export", lambda report: None)  # then it comes to the state
     assert "training_state.pth could not be written" in error_of(diffusion_model.main, capsys, *RUN)
-    assert Path("good.pth").read_bytes() == checkpoint and Path("training_state.pth").read_bytes() == state
+    assert (
+        Path("good.pth").read_bytes() == checkpoint
+        and Path("training_state.pth").read_bytes() == state
+    )
     assert not list(Path().rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("error, words", [
-    (MemoryError(), "--batch-size"), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch-size"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--restart"),
-    (RuntimeError("CUDA error: out of memory"), "--batch-size"),
-    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "--batch-size"),
-    (ModuleNotFoundError("No module named 'torchvision'"), "pip install -r requirements.txt")])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (MemoryError(), "--batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--restart"),
+        (RuntimeError("CUDA error: out of memory"), "--batch-size"),
+        (
+            RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+            "--batch-size",
+        ),
+        (ModuleNotFoundError("No module named 'torchvision'"), "pip install -r requirements.txt"),
+    ],
+)
 def test_what_the_machine_lacks(monkeypatch, capsys, error, words):
     """Too little memory and a missing package end in one line that says what to do."""
+
     def fail(run):
         raise error
+
     monkeypatch.setattr(diffusion_model.TrainingRun, "train_step", fail)
     assert words in error_of(diffusion_model.main, capsys, *RUN)
 
 
 def test_a_bug_shows_where_it_is(monkeypatch):
     """An error that no user can cause is no line but a traceback."""
-    monkeypatch.setattr(diffusion_model.TrainingRun, "train_step", lambda run: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(
+        diffusion_model.TrainingRun, "train_step", lambda run: torch.ones(2) @ torch.ones(3)
+    )
     with pytest.raises(RuntimeError, match="size"):
         diffusion_model.main(RUN)
 
@@ -356,8 +504,11 @@ def test_what_loading_refuses_is_not_written(tiny_model, checkpoint, capsys, val
         made = torch.optim.SGD(network.parameters(), lr)
         made.param_groups[0]["note"] = value
         return [made]
+
     with pytest.raises(OSError, match=f"training_state.pth.*{type(value).__name__}"):
-        config = diffusion_model.TrainConfig(data="shapes", image_size=4, hidden_channels=2, limit=8)
+        config = diffusion_model.TrainConfig(
+            data="shapes", image_size=4, hidden_channels=2, limit=8
+        )
         diffusion_model.train(config, optimizers)
     assert not Path("training_state.pth").exists()
 
@@ -366,23 +517,39 @@ def test_files_are_read_onto_the_cpu_and_without_code(checkpoint, monkeypatch):
     """Whatever device they were written on, and whatever a pickle may ask for."""
     given = []
     real = torch.load
-    monkeypatch.setattr(torch, "load", lambda path, **options: given.append(options) or real(path, **options))
+    monkeypatch.setattr(
+        torch, "load", lambda path, **options: given.append(options) or real(path, **options)
+    )
     SimpleDiffusion.load("good.pth", "cpu")
     diffusion_model.main(RUN)
-    diffusion_model.main([*RUN, "--epochs", "2"])                           # reads the state
-    assert len(given) > 2 and all(options == dict(map_location="cpu", weights_only=True) for options in given)
+    diffusion_model.main([*RUN, "--epochs", "2"])  # reads the state
+    assert len(given) > 2 and all(
+        options == dict(map_location="cpu", weights_only=True) for options in given
+    )
 
 
-@pytest.mark.parametrize("options", [{}, dict(class_names=["a", "b"]), dict(schedule="cosine", prediction="noise"),
-                                     dict(n_steps=50, beta_end=0.01, dropout=0.5, in_channels=1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(class_names=["a", "b"]),
+        dict(schedule="cosine", prediction="noise"),
+        dict(n_steps=50, beta_end=0.01, dropout=0.5, in_channels=1),
+    ],
+)
 def test_round_trip(options):
     """Weights within the rounding of float16, configuration, class names, eval mode; the same pictures afterwards."""
     model = perturb(SimpleDiffusion(8, **TINY, **options))
     model.save("a.pth", note="for humans", number=3)
     loaded = SimpleDiffusion.load("a.pth", "cpu")
     for name, tensor in loaded.state_dict().items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, model.state_dict()[name].half().float())
-    assert loaded.model.config == model.model.config and loaded.diffusion.config == model.diffusion.config
+        assert tensor.dtype == torch.float32 and torch.equal(
+            tensor, model.state_dict()[name].half().float()
+        )
+    assert (
+        loaded.model.config == model.model.config
+        and loaded.diffusion.config == model.diffusion.config
+    )
     assert (loaded.class_names, loaded.image_size) == (model.class_names, 8)
     assert not any(part.training for part in loaded.modules()) and model.training
     loaded.save("b.pth", note="for humans", number=3)
@@ -398,13 +565,17 @@ def test_readable_without_our_loading(checkpoint, tiny_model):
     c = torch.load("good.pth", weights_only=True)
     network = SimpleUNet(**c["model_config"])
     network.load_state_dict(c["model_state_dict"])
-    x = DiffusionModel(network.eval(), **c["diffusion_config"]).sample((1, 3, 8, 8), steps=2, seed=0, progress=False)
+    x = DiffusionModel(network.eval(), **c["diffusion_config"]).sample(
+        (1, 3, 8, 8), steps=2, seed=0, progress=False
+    )
     want = SimpleDiffusion.load("good.pth", "cpu").sample(1, steps=2, seed=0, progress=False)
     assert torch.equal((x + 1) / 2, want)
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         prefixed = {prefix + name: tensor for name, tensor in c["model_state_dict"].items()}
         torch.save({**c, "model_state_dict": prefixed}, "prefixed.pth")
-        drawn = SimpleDiffusion.load("prefixed.pth", "cpu").sample(1, steps=2, seed=0, progress=False)
+        drawn = SimpleDiffusion.load("prefixed.pth", "cpu").sample(
+            1, steps=2, seed=0, progress=False
+        )
         assert torch.equal(drawn, want)
     model = SimpleDiffusion.load("good.pth", "cpu")
     model.diffusion.model = torch.compile(model.network)
@@ -417,35 +588,59 @@ RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 1
 
 def save_pictures(folder):
     """Pictures of every kind: -> {file: the colours of its left and of its right half}."""
+
     def new(mode, colour, size=(20, 20)):
         return Image.new(mode, size, colour)
 
     def deep(value):
         return Image.fromarray(np.full((20, 20), value, np.uint16))
+
     palette, turned, wide = new("P", 1), new("RGB", RED, (40, 20)), new("RGB", WHITE, (2000, 30))
     palette.putpalette([0, 255, 0, *RED])
-    turned.paste(BLUE, (0, 10, 40, 20))  # red above blue; a quarter to the right it is blue left of red
+    turned.paste(
+        BLUE, (0, 10, 40, 20)
+    )  # red above blue; a quarter to the right it is blue left of red
     wide.paste(RED, (985, 0, 1015, 30))
     orientation = Image.Exif()
     orientation[0x0112] = 6
     half = new("RGBA", (*RED, 255))
     half.paste((*BLUE, 0), (0, 0, 10, 20))
     files = {
-        "grey.png": (new("L", 128), GREY), "palette.png": (palette, RED), "rgba.png": (half, WHITE, RED),
+        "grey.png": (new("L", 128), GREY),
+        "palette.png": (palette, RED),
+        "rgba.png": (half, WHITE, RED),
         "transparent palette.png": (palette, WHITE, WHITE, dict(transparency=1)),
         "la.png": (new("LA", (0, 0)), WHITE),
-        "cmyk.jpg": (new("CMYK", (0, 255, 255, 0)), RED), "white 16 bit.png": (deep(65535), WHITE),
-        "grey 16 bit.png": (deep(32896), GREY), "nearly black 16 bit.png": (deep(200), (1, 1, 1)),
-        "one bit.png": (new("1", 1), WHITE), "one pixel.bmp": (new("RGB", BLUE, (1, 1)), BLUE),
-        "wide.webp": (wide, RED, RED, dict(lossless=True)), "TURNED.JPEG": (turned, BLUE, RED, dict(exif=orientation)),
-        "moving.GIF": (new("RGB", RED), RED, RED, dict(save_all=True, append_images=[new("RGB", BLUE)])),
-        "a name, with spaces (1).PNG": (new("RGB", BLUE), BLUE), "deep/er/blue.tiff": (new("RGB", BLUE), BLUE)}
+        "cmyk.jpg": (new("CMYK", (0, 255, 255, 0)), RED),
+        "white 16 bit.png": (deep(65535), WHITE),
+        "grey 16 bit.png": (deep(32896), GREY),
+        "nearly black 16 bit.png": (deep(200), (1, 1, 1)),
+        "one bit.png": (new("1", 1), WHITE),
+        "one pixel.bmp": (new("RGB", BLUE, (1, 1)), BLUE),
+        "wide.webp": (wide, RED, RED, dict(lossless=True)),
+        "TURNED.JPEG": (turned, BLUE, RED, dict(exif=orientation)),
+        "moving.GIF": (
+            new("RGB", RED),
+            RED,
+            RED,
+            dict(save_all=True, append_images=[new("RGB", BLUE)]),
+        ),
+        "a name, with spaces (1).PNG": (new("RGB", BLUE), BLUE),
+        "deep/er/blue.tiff": (new("RGB", BLUE), BLUE),
+    }
     expected = {}
     for name, (picture, left, *more) in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         options = more[1] if len(more) > 1 else {}
-        picture.save(path, **(dict(quality=95, subsampling=0) | options if "jp" in path.suffix.lower() else options))
+        picture.save(
+            path,
+            **(
+                dict(quality=95, subsampling=0) | options
+                if "jp" in path.suffix.lower()
+                else options
+            ),
+        )
         expected[path] = left, more[0] if more else left
     return expected
 
@@ -463,7 +658,9 @@ def test_pictures_of_every_kind():
     for path, image in zip(sorted(expected), images):
         for half, colour in zip((image[:, 4:12, 2:5], image[:, 4:12, 11:14]), expected[path]):
             difference = (half.float() - torch.tensor(colour)[:, None, None]).abs().max()
-            assert difference <= (40 if "TURNED" in path.name else 3), f"{path}: {half.float().mean(dim=(1, 2))}"
+            assert difference <= (40 if "TURNED" in path.name else 3), (
+                f"{path}: {half.float().mean(dim=(1, 2))}"
+            )
 
 
 def test_folders_are_classes():
@@ -472,7 +669,11 @@ def test_folders_are_classes():
         Path("data", name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), colour).save(Path("data", name))
     images, labels, class_names = load_images("data", 8)
-    assert class_names == ["bird", "cat"] and labels.tolist() == [0, 1, 1] and labels.dtype == torch.int64
+    assert (
+        class_names == ["bird", "cat"]
+        and labels.tolist() == [0, 1, 1]
+        and labels.dtype == torch.int64
+    )
     assert images[:, :, 4, 4].tolist() == [[0, 0, 255], [255, 0, 0], [255, 0, 0]]
     assert len(load_images("data", 8, limit=2)[0]) == 2
     diffusion_model.main([*RUN, "--data", "data"])
@@ -483,7 +684,9 @@ def test_photographs():
     """A JPEG of many pixels is decoded in part only, to nearly the same picture; and a folder of one trains."""
     Path("photos").mkdir()
     x, y = np.meshgrid(np.arange(3000), np.arange(2000))
-    photo = Image.fromarray(np.stack([x / 12, y / 8, 127 + 100 * np.sin(x / 200)], axis=2).astype(np.uint8))
+    photo = Image.fromarray(
+        np.stack([x / 12, y / 8, 127 + 100 * np.sin(x / 200)], axis=2).astype(np.uint8)
+    )
     photo.save("photos/1.jpg", quality=95)
     image = load_images("photos", 16)[0][0]
     wanted = np.asarray(ImageOps.fit(photo, (16, 16))).transpose(2, 0, 1)
@@ -502,9 +705,11 @@ def test_corrupt_pictures(content, capsys):
         Path("data", name).parent.mkdir(parents=True)
         Image.fromarray(noise).save(Path("data", name))
     whole = Path("data/b/broken one.jpg").read_bytes()
-    Path("data/b/broken one.jpg").write_bytes(whole[:len(whole) // 2] if content == "half" else content)
+    Path("data/b/broken one.jpg").write_bytes(
+        whole[: len(whole) // 2] if content == "half" else content
+    )
     images, labels, class_names = load_images("data", 8)
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert "broken one.jpg" in line and "skipped" in line
     assert len(images) == 2 and labels.tolist() == [0, 1] and class_names == ["a", "c"]
     Path("data/c/broken two.jpg").write_bytes(b"")
@@ -530,7 +735,9 @@ def test_many_corrupt_pictures(capsys, monkeypatch):
 
 def test_a_download_that_broke_off(monkeypatch):
     """What is there of the archive stays, for curl to go on with: torchvision would begin again."""
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("it downloads"))
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *args, **options: pytest.fail("it downloads")
+    )
     Path("data").mkdir()
     Path("data/cifar-10-python.tar.gz").write_bytes(b"half")
     with pytest.raises(ValueError, match="incomplete.*curl -C - "):
@@ -540,8 +747,10 @@ def test_a_download_that_broke_off(monkeypatch):
 
 def test_data_that_is_not_there(capsys, monkeypatch):
     """An empty or missing folder, a file, half of CIFAR-10, no network: each says what to do."""
+
     def offline(*args, **options):
         raise urllib.error.URLError("Temporary failure in name resolution")
+
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     Path("empty").mkdir()
     Path("file").write_text("")
@@ -550,10 +759,14 @@ def test_data_that_is_not_there(capsys, monkeypatch):
     for folder in ("data", "fetched"):  # an archive that was fetched by hand, but not to its end
         Path(folder).mkdir()
         Path(folder, "cifar-10-python.tar.gz").write_bytes(bytes(1000))
-    for data, *words in (("empty", "empty", ".png"), ("nowhere", "nowhere", "shapes"), ("file", "file", "folder"),
-                         ("half", "cifar-10-python.tar.gz", str(Path("half").resolve())),
-                         ("fetched", "cifar-10-python.tar.gz", "curl -C -"),
-                         ("cifar10", "--data shapes", "cifar-10-python.tar.gz", str(Path("data").resolve()))):
+    for data, *words in (
+        ("empty", "empty", ".png"),
+        ("nowhere", "nowhere", "shapes"),
+        ("file", "file", "folder"),
+        ("half", "cifar-10-python.tar.gz", str(Path("half").resolve())),
+        ("fetched", "cifar-10-python.tar.gz", "curl -C -"),
+        ("cifar10", "--data shapes", "cifar-10-python.tar.gz", str(Path("data").resolve())),
+    ):
         line = error_of(diffusion_model.main, capsys, *RUN, "--data", data)
         assert line is not None and all(word in line for word in words), line
     assert not Path("training_state.pth").exists()
@@ -564,6 +777,7 @@ def test_cifar10(monkeypatch, capsys):
 
     What a slow download can be replaced by is said before it begins, and only then.
     """
+
     class Fake:
         classes, url = ["airplane", "automobile"], "https://example.org"
 
@@ -571,35 +785,54 @@ def test_cifar10(monkeypatch, capsys):
             assert Path(root).name == "data" and train and download
             self.data = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
             self.targets = [1, 0, 1, 0, 1]
+
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
     images, labels, class_names = load_images("cifar10", limit=3)
-    assert images.dtype == torch.uint8 and labels.tolist() == [1, 0, 1] and class_names == Fake.classes
+    assert (
+        images.dtype == torch.uint8 and labels.tolist() == [1, 0, 1] and class_names == Fake.classes
+    )
     assert np.array_equal(images.permute(0, 2, 3, 1), Fake("data", True, True).data[:3])
     assert "curl -C -" in capsys.readouterr().out
     Path("data/cifar-10-batches-py").mkdir(parents=True)
     small = load_images("cifar10", 16, limit=3)[0]
-    assert small.shape == (3, 3, 16, 16) and (small.float().mean() - images.float().mean()).abs() < 1
+    assert (
+        small.shape == (3, 3, 16, 16) and (small.float().mean() - images.float().mean()).abs() < 1
+    )
     assert capsys.readouterr().out == ""
 
 
 def test_the_real_cifar10():
     """Where it is there: the first picture is a frog."""
-    folder = next((folder for folder in (ROOT / "data", ROOT.parent / "shared" / "data")
-                   if (folder / "cifar-10-batches-py").is_dir()), None)
+    folder = next(
+        (
+            folder
+            for folder in (ROOT / "data", ROOT.parent / "shared" / "data")
+            if (folder / "cifar-10-batches-py").is_dir()
+        ),
+        None,
+    )
     if folder is None:
         pytest.skip("there is no CIFAR-10 here")
     images, labels, class_names = load_images(folder, limit=100)
-    assert images.shape == (100, 3, 32, 32) and images.dtype == torch.uint8 and labels.shape == (100,)
+    assert (
+        images.shape == (100, 3, 32, 32) and images.dtype == torch.uint8 and labels.shape == (100,)
+    )
     assert class_names[labels[0]] == "frog" and images[0, :, 0, 0].tolist() == [59, 62, 63]
 
 
 def test_shapes():
     """The same for a seed, ten classes, any size; what is drawn differs from class to class."""
     images, labels, class_names = load_images("shapes", 12, 500)
-    assert images.shape == (500, 3, 12, 12) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert (
+        images.shape == (500, 3, 12, 12)
+        and images.dtype == torch.uint8
+        and labels.dtype == torch.int64
+    )
     assert len(class_names) == 10 and sorted(set(labels.tolist())) == list(range(10))
     again = load_images("shapes", 12, 500)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
     assert not torch.equal(images, support.draw_shapes(12, 500, seed=1)[0])
     assert len(images.flatten(1).unique(dim=0)) == 500
-    assert (images.flatten(1).max(dim=1).values.int() - images.flatten(1).min(dim=1).values > 50).all()
+    assert (
+        images.flatten(1).max(dim=1).values.int() - images.flatten(1).min(dim=1).values > 50
+    ).all()

@@ -2,6 +2,7 @@
 
 Layers that start at zero hide everything before them, so every network here is perturbed first.
 """
+
 import pytest
 import torch
 import torch.nn as nn
@@ -26,11 +27,16 @@ def batch(size, height, width, channels=3):
 
 def spread(*outputs):
     """The largest difference between outputs, in units of what the first varies by."""
-    return max((output - outputs[0]).abs().max().item() for output in outputs[1:]) / outputs[0].std().item()
+    return (
+        max((output - outputs[0]).abs().max().item() for output in outputs[1:])
+        / outputs[0].std().item()
+    )
 
 
-@pytest.mark.parametrize("options, millions", [
-    ({}, 4.9), (dict(channel_mults=(1, 2, 4), num_res_blocks=3, attention_levels=(1, 2)), 16.6)])
+@pytest.mark.parametrize(
+    "options, millions",
+    [({}, 4.9), (dict(channel_mults=(1, 2, 4), num_res_blocks=3, attention_levels=(1, 2)), 16.6)],
+)
 def test_parameters(options, millions):
     """The size that README and the released weights speak of, and that of the second project in the README's table."""
     with torch.device("meta"):
@@ -53,11 +59,21 @@ def test_sizes_that_do_not_halve(levels, size):
         network(channel_mults=(1,) * levels)(x, t)
 
 
-@pytest.mark.parametrize("options", [
-    *(dict(hidden_channels=channels) for channels in (1, 5, 8, 24, 33, 48)), dict(time_dim=17), dict(time_dim=1),
-    dict(num_heads=None), dict(channel_mults=(2,), attention_levels=(0,)), dict(attention_levels=()),
-    dict(attention_levels=None), dict(in_channels=1), dict(num_res_blocks=(2,)), dict(num_res_blocks=(1, 3)),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(dict(hidden_channels=channels) for channels in (1, 5, 8, 24, 33, 48)),
+        dict(time_dim=17),
+        dict(time_dim=1),
+        dict(num_heads=None),
+        dict(channel_mults=(2,), attention_levels=(0,)),
+        dict(attention_levels=()),
+        dict(attention_levels=None),
+        dict(in_channels=1),
+        dict(num_res_blocks=(2,)),
+        dict(num_res_blocks=(1, 3)),
+    ],
+)
 def test_any_width(options):
     """Groups and heads have to divide the channels, sine and cosine the time_dim: it runs whatever these are."""
     net = network(**options)
@@ -66,17 +82,32 @@ def test_any_width(options):
     assert out.shape == x.shape and out.isfinite().all() and out.std() > 0
 
 
-@pytest.mark.parametrize("options", [dict(hidden_channels=0), dict(in_channels=0), dict(channel_mults=()),
-                                     dict(channel_mults=(1, 0)), dict(num_heads=0), dict(num_classes=-1)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(hidden_channels=0),
+        dict(in_channels=0),
+        dict(channel_mults=()),
+        dict(channel_mults=(1, 0)),
+        dict(num_heads=0),
+        dict(num_classes=-1),
+    ],
+)
 def test_impossible_sizes(options):
     """Said at once and in words, not by a shape error in the middle of the first batch."""
     with pytest.raises(ValueError):
         network(**options)
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(attention_levels=(2,)), "0..1"), (dict(attention_levels=(-1,)), "0..1"),
-    (dict(num_res_blocks=(1, 2, 3)), "2"), (dict(num_heads=3), "1, 2, 4, 8, 16")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(attention_levels=(2,)), "0..1"),
+        (dict(attention_levels=(-1,)), "0..1"),
+        (dict(num_res_blocks=(1, 2, 3)), "2"),
+        (dict(num_heads=3), "1, 2, 4, 8, 16"),
+    ],
+)
 def test_options_that_do_not_fit(options, words):
     """Neither ignored nor changed in silence: the error has the numbers that would do."""
     with pytest.raises(ValueError, match=f"{list(options)[0]}.*{words}"):
@@ -92,7 +123,13 @@ def test_attention_by_default(image_size, levels):
 
 def test_rebuilt_from_its_config():
     """A checkpoint holds net.config and the weights: the two have to belong together, whatever was chosen."""
-    net = network(hidden_channels=12, channel_mults=(1, 3), num_res_blocks=2, attention_levels=(0,), time_dim=20)
+    net = network(
+        hidden_channels=12,
+        channel_mults=(1, 3),
+        num_res_blocks=2,
+        attention_levels=(0,),
+        time_dim=20,
+    )
     x, t, y = batch(2, 4, 4)
     again = SimpleUNet(**net.config).eval()
     again.load_state_dict(net.state_dict())
@@ -108,7 +145,9 @@ def test_time_and_class_change_the_output():
     for out in (over_time, over_class):
         assert all(spread(out[i], out[j]) > 1e-3 for i in range(4) for j in range(i))
     # No label is the null label, which is the last one.
-    assert torch.equal(net(x, torch.full((4,), 10)), net(x, torch.full((4,), 10), torch.full((4,), 3)))
+    assert torch.equal(
+        net(x, torch.full((4,), 10)), net(x, torch.full((4,), 10), torch.full((4,), 3))
+    )
 
 
 def test_labels_without_classes():
@@ -123,7 +162,13 @@ def test_images_do_not_mix(size):
     """Image i of a batch comes out as it does alone: a reshape for one fixed image size folds others together."""
     net = network(channel_mults=(1, 2, 2), attention_levels=(0, 1, 2) if size[0] < 32 else (1, 2))
     x, t, y = batch(4, *size)
-    assert spread(net(x, t, y), torch.cat([net(x[i:i + 1], t[i:i + 1], y[i:i + 1]) for i in range(4)])) < 1e-4
+    assert (
+        spread(
+            net(x, t, y),
+            torch.cat([net(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(4)]),
+        )
+        < 1e-4
+    )
 
 
 @pytest.fixture(params=[(1, True), (4, True), (1, False), (4, False)])
@@ -144,8 +189,10 @@ def test_attention_is_pytorchs(attention):
     heads that are cut wrongly."""
     x = torch.randn(2, 8, 4, 6)
     tokens = attention.norm(x).flatten(2).transpose(1, 2)
-    q, k, v = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-               for part in attention.qkv(tokens).chunk(3, dim=2))
+    q, k, v = (
+        part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for part in attention.qkv(tokens).chunk(3, dim=2)
+    )
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     expected = x + attention.out(h).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-4)
@@ -154,7 +201,9 @@ def test_attention_is_pytorchs(attention):
 def test_fused_attention_gets_contiguous_tensors(monkeypatch):
     """On MPS permuted ones gave wrong results without an error."""
     fused, given = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or fused(*qkv))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or fused(*qkv)
+    )
     with torch.no_grad():
         Attention(8, 4)(torch.randn(2, 8, 4, 6))
     assert len(given) == 3 and all(tensor.is_contiguous() for tensor in given)
@@ -177,7 +226,9 @@ def test_attention_is_an_average(attention):
         attention.qkv.weight[16:], attention.qkv.bias[16:] = 0, c
         attention.out.weight.copy_(torch.eye(8)), attention.out.bias.zero_()
     x = torch.randn(2, 8, 4, 6)
-    torch.testing.assert_close(attention(x) - x, c[:, None, None].expand_as(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        attention(x) - x, c[:, None, None].expand_as(x), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -185,8 +236,14 @@ def test_time_embedding(bfloat16):
     """A row depends on its timestep alone, not on its place in the batch. All 1000 differ, the ends much,
     which t / 1000 in these sinusoids would not give, nor t in bfloat16, which makes 507 of them."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        rows, mixed, one = (time_embedding(torch.tensor(t), 256) for t in (range(1000), [5, 5, 900, 5], [7]))
-    assert rows.shape == (1000, 256) and rows.dtype == torch.float32 and len(rows.unique(dim=0)) == 1000
+        rows, mixed, one = (
+            time_embedding(torch.tensor(t), 256) for t in (range(1000), [5, 5, 900, 5], [7])
+        )
+    assert (
+        rows.shape == (1000, 256)
+        and rows.dtype == torch.float32
+        and len(rows.unique(dim=0)) == 1000
+    )
     assert F.cosine_similarity(rows[0], rows[999], dim=0) < 0.9
     torch.testing.assert_close(torch.cat([mixed, one]), rows[[5, 5, 900, 5, 7]])
 
@@ -212,8 +269,12 @@ def test_every_parameter_learns():
     net = network(channel_mults=(1, 2, 4), attention_levels=(1, 2), num_res_blocks=2)
     x, t, y = batch(8, 8, 8)
     F.mse_loss(net(x, t, y), torch.randn_like(x)).backward()
-    assert [name for name, parameter in net.named_parameters() if not parameter.grad.abs().max() > 0] == []
-    assert (net.class_embedding.weight.grad.abs().amax(dim=1) > 0).all() and len(net.class_embedding.weight) == 4
+    assert [
+        name for name, parameter in net.named_parameters() if not parameter.grad.abs().max() > 0
+    ] == []
+    assert (net.class_embedding.weight.grad.abs().amax(dim=1) > 0).all() and len(
+        net.class_embedding.weight
+    ) == 4
 
 
 def test_memory_layout():

@@ -1,4 +1,5 @@
 """The commands and snippets of the README and of the docstrings themselves, with numbers small enough for a test."""
+
 import ast
 import re
 import shlex
@@ -18,8 +19,12 @@ import inference_example
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 # In the docstrings a command is followed by three spaces or more and what it does.
-DOCUMENTED = [line.strip().split("   ")[0] for script in (diffusion_model, inference_example)
-              for line in script.__doc__.splitlines() if line.startswith("    python ")]
+DOCUMENTED = [
+    line.strip().split("   ")[0]
+    for script in (diffusion_model, inference_example)
+    for line in script.__doc__.splitlines()
+    if line.startswith("    python ")
+]
 SNIPPETS = [block for kind, block in BLOCKS if kind == "python"]
 # Added to each command: of a flag given twice, the last counts.
 SMALL_RUN = "--image-size 16 --limit 24 --epochs 1 --images 24 --batch-size 8"
@@ -51,12 +56,16 @@ def test_it_counts_its_lines():
     assert f"`diffusion_model.py` has {lines:,} lines" in readme and lines <= 950
     code = (ROOT / "diffusion_model.py").read_text().splitlines()
     for part in range(1, 5):  # the map of the code
-        line, = (i for i, text in enumerate(code, start=1) if text.startswith(f"# {part}. "))
+        (line,) = (i for i, text in enumerate(code, start=1) if text.startswith(f"# {part}. "))
         assert re.search(rf"^\| part.*\b{line}\b", readme, re.MULTILINE), (part, line)
 
 
 def test_what_to_do_when_the_loss_is_not_finite():
-    line, = (line for line in (ROOT / "README.md").read_text().splitlines() if "loss is not finite" in line)
+    (line,) = (
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if "loss is not finite" in line
+    )
     assert "the same command with a lower `--lr`" in line
 
 
@@ -71,7 +80,9 @@ def test_the_file_stays_readable():
         source = script.read_text()
         assert max(map(len, source.splitlines())) <= 119
         for part in ast.walk(ast.parse(source)):
-            assert not isinstance(part, ast.FunctionDef) or part.end_lineno - part.lineno < 50, part.name
+            assert not isinstance(part, ast.FunctionDef) or part.end_lineno - part.lineno < 50, (
+                part.name
+            )
 
 
 @pytest.mark.parametrize("lines", [COMMANDS, DOCUMENTED], ids=["README", "docstrings"])
@@ -88,7 +99,9 @@ def test_commands(workplace, lines):
             small += [] if "--out" in words else ["--out", f"run{len(line)}"]
             diffusion_model.main(words[2:] + small)
         elif words[:2] == ["python", "inference_example.py"]:
-            out = Path(words[words.index("--out") + 1] if "--out" in words else "samples/generated.png")
+            out = Path(
+                words[words.index("--out") + 1] if "--out" in words else "samples/generated.png"
+            )
             out.unlink(missing_ok=True)
             inference_example.main(words[2:] + ["-n", "2", "--steps", "2"])
             assert out.is_file()
@@ -98,7 +111,9 @@ def test_other_commands_are_known():
     """Whatever is no command of ours is one of these, which other tests and .ci/run run."""
     ours = ("python diffusion_model.py", "python inference_example.py")
     others = [line for line in COMMANDS if not line.startswith(ours)]
-    assert all("pip install" in line or "torchrun" in line or "python -m pytest" in line for line in others), others
+    assert all(
+        "pip install" in line or "torchrun" in line or "python -m pytest" in line for line in others
+    ), others
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -106,8 +121,13 @@ def test_other_commands_are_known():
 def test_snippets(workplace, monkeypatch, number):
     """Each Python snippet runs; networks and runs are made small."""
     real = diffusion_model.TrainConfig
-    monkeypatch.setattr(diffusion_model, "TrainConfig", lambda **options: real(**{
-        **options, "epochs": 1, "limit": 24, "hidden_channels": 4, "batch_size": 8}))
+    monkeypatch.setattr(
+        diffusion_model,
+        "TrainConfig",
+        lambda **options: real(
+            **{**options, "epochs": 1, "limit": 24, "hidden_channels": 4, "batch_size": 8}
+        ),
+    )
     monkeypatch.setattr(diffusion_model, "SAMPLERS", dict(diffusion_model.SAMPLERS))
     exec(SNIPPETS[number], {})
 
@@ -132,12 +152,21 @@ print("drawn")
 def test_import_needs_torch_alone_and_does_nothing(tmp_path):
     """The whole file: no other package, nothing printed, no file, no random number drawn."""
     blocked = OF_ONES_OWN.split("import torch\n")[0]
-    code = (f"{blocked}import torch\nstate = torch.get_rng_state()\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"import diffusion_model\nassert torch.equal(state, torch.get_rng_state())")
-    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        f"{blocked}import torch\nstate = torch.get_rng_state()\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"import diffusion_model\nassert torch.equal(state, torch.get_rng_state())"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert used.returncode == 0 and used.stdout == "" and not list(tmp_path.iterdir()), used.stderr
-    code = code.replace("import diff", "del torch.optim.Muon\nimport diff") + "\ndiffusion_model.main()"
-    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        code.replace("import diff", "del torch.optim.Muon\nimport diff")
+        + "\ndiffusion_model.main()"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert used.returncode == 2 and "torch 2.9" in used.stderr and "Traceback" not in used.stderr
 
 
@@ -145,10 +174,14 @@ def test_parts_0_to_3_in_a_project_of_ones_own(tmp_path):
     """Copied out of the file into an empty folder, they train, save, load and draw with torch alone."""
     parts = (ROOT / "diffusion_model.py").read_text().split("\n# 4. ")[0]
     before, rest = parts.split("\n# The imports that follow are for part 4 only.\n")
-    (tmp_path / "mine.py").write_text(before + rest[rest.index("# ---"):])
-    shutil.copy(ROOT / "diffusion_model.py", tmp_path / "whole.py")  # so does the whole file without support.py
+    (tmp_path / "mine.py").write_text(before + rest[rest.index("# ---") :])
+    shutil.copy(
+        ROOT / "diffusion_model.py", tmp_path / "whole.py"
+    )  # so does the whole file without support.py
     for module, then, code in (("mine", "", 0), ("whole", "import whole\nwhole.main([])", 2)):
         (tmp_path / "use.py").write_text(OF_ONES_OWN.replace("from mine", f"from {module}") + then)
-        used = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
+        used = subprocess.run(
+            [sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True
+        )
         assert used.stdout == "drawn\n" and used.returncode == code, used.stderr
     assert "support.py beside" in used.stderr and "Traceback" not in used.stderr
