@@ -1,162 +1,93 @@
-"""A diffusion model for CIFAR-10 in one readable file: network, process, samplers and training.
+"""A diffusion model for CIFAR-10, complete in one file: network, process, sampling and training.
 
-    python diffusion_model.py       trains: downloads CIFAR-10, writes diffusion_model.pth, samples/
-    python inference_example.py     draws pictures from diffusion_model.pth
-    python diffusion_model.py --data FOLDER --init diffusion_model.pth --out my_own
+    python diffusion_model.py                    downloads CIFAR-10 and trains on it
+    python diffusion_model.py --data shapes      needs no download, learns within minutes
+    python diffusion_model.py --data FOLDER --init diffusion_model.pth --out my_model
+                                                 learns your own pictures from the released weights
+    python inference_example.py                  draws pictures from diffusion_model.pth
 
-The third trains on your own pictures. The same command again resumes an interrupted run. All flags:
---help. The first made the released weights in 15 hours on two CPU cores. From Python:
+The same command again goes on with a run that was stopped, and --help lists all options. In Python:
 
     from diffusion_model import SimpleDiffusion
-    images = SimpleDiffusion.load().sample(10, y=range(10), guidance=2)  # (10, 3, 32, 32) in [0, 1]
+    model = SimpleDiffusion.load("diffusion_model.pth")
+    images = model.sample(2, y=["cat", "ship"], guidance=2.5, seed=0)  # (2, 3, 32, 32) in [0, 1]
 
-Parts: 0 the machine, 1 the U-Net, 2 the diffusion process and its samplers (start here to learn),
-3 both in one model, saved and loaded, 4 training. Parts 0 to 3 need torch alone and can be copied.
-Data, pictures, flags: support.py. Images: [-1, 1]; only SimpleDiffusion.sample returns [0, 1].
+The file has five sections: 1 the network, 2 the diffusion process, 3 the model and its file, 4 the
+data, 5 training. If diffusion is new to you, begin with section 2. Sections 1 to 3 need nothing but
+torch and can be copied into a project of your own as they are. Sections 1 and 2 have images in
+[-1, 1], and SimpleDiffusion.sample hands them out in [0, 1].
 
-Equations and algorithms without a name are those of Ho et al. 2020, DDPM (arXiv 2006.11239). The
-others: Nichol and Dhariwal 2021 (2102.09672: cosine), Song et al. 2021 (2010.02502: DDIM), Salimans
-and Ho 2022 (2202.00512: v), Ho and Salimans 2022 (2207.12598: guidance), Karras et al. 2022
-(2206.00364: noise levels), Lu et al. 2022 (2211.01095: DPM-Solver++), Kynkaanniemi et al. 2024
-(2404.07724: guidance interval), Vaswani et al. 2017 (1706.03762: time), Jordan et al. 2024 (Muon).
+Equations and algorithms without a name are those of Ho et al. 2020 (DDPM, arXiv 2006.11239).
 """
 
+import argparse
 import contextlib
+import copy
+import datetime
+import hashlib
+import inspect
+import io
+import json
 import math
+import operator
 import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import uuid
 import warnings
 import zipfile
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from statistics import fmean
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The imports that follow are for part 4 only.
-import copy
-import sys
-import time
-from dataclasses import asdict, dataclass, field
-
-try:
-    import support
-    from support import load_images
-except ImportError as error:  # this file was copied alone, or torch is older than 2.9
-    support = None
-    no_support = f"training needs support.py beside this file, and torch 2.9 or newer ({error})"
-
 # --------------------------------------------------------------------------------------------------
-# 0. The machine: device, bfloat16, progress bar
-
-
-def pick_device(name=None):
-    """MPS, then CUDA, then CPU. With a name: that device, or ValueError if it is not available."""
-    if name is None:
-        best = (
-            "mps"
-            if torch.backends.mps.is_available()
-            else "cuda"
-            if torch.cuda.is_available()
-            else "cpu"
-        )
-        return torch.device(best)
-    try:
-        torch.zeros(1, device=name).tolist()  # torch accepts names of devices that are not there
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} is not available ({brief(error)}): name another") from None
-
-
-def has_bfloat16(device):
-    """Whether bfloat16 is known to be fast: on CUDA GPUs and x86 CPUs that have it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 lacks it
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-    return False
-
-
-def autocast(device):
-    """bfloat16, where fast, for convolutions and matrices. Never float16: it needs loss scaling."""
-    return (
-        torch.autocast(device.type, torch.bfloat16)
-        if has_bfloat16(device)
-        else contextlib.nullcontext()
-    )
-
-
-def memory_format(device):
-    """The order of an image's numbers in memory that makes convolutions fastest."""
-    # On MPS channels_last is slow, and some versions of torch computed wrong results with it.
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-@contextlib.contextmanager
-def eval_mode(module):
-    """Put `module` in eval mode (no dropout) for the block; then each part back in its own mode."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def progress_bar(steps, show):
-    """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
-    with contextlib.suppress(ImportError):
-        from tqdm import tqdm
-
-        return tqdm(steps, disable=not show, desc="sampling", leave=False)
-    return steps
-
-
-def brief(error):
-    """What is wrong, in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-# --------------------------------------------------------------------------------------------------
-# 1. The U-Net: time embedding, attention, residual block, SimpleUNet
+# 1. The network: a U-Net that sees a noisy image and a timestep, and says what is noise in it
+#
+# A U-Net makes the image smaller, level by level, works on it where it is small, and enlarges it
+# again. On the way up, each level also gets what it had on the way down (the skips), so that no
+# detail is lost. Beside the image it is told the timestep t, which says how noisy the image is, and
+# a class. Section 2 explains what for.
 
 
 def time_embedding(t, width):
     """Sinusoids of the timestep (Vaswani et al. 2017): t (B,) -> (B, width) float32."""
-    half = (width + 1) // 2  # rounded up: width may be odd
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device).float() / half)
-    angles = t.float()[:, None] * frequencies  # (B, half); in bfloat16 neighbours would be equal
-    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]  # their order does not matter
-
-
-def divisors(n, limit):
-    """The divisors of n up to `limit`, smallest first."""
-    return [k for k in range(1, limit + 1) if n % k == 0]
+    half = (width + 1) // 2  # rounded up, because width may be odd
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)[:, :width]
 
 
 def group_norm(channels):
-    """GroupNorm of up to 32 groups of 16 channels or more: smaller ones are slow in bfloat16."""
-    return nn.GroupNorm(max(divisors(channels, min(32, channels // 16)), default=1), channels)
+    """GroupNorm with up to 32 groups of 16 channels or more (smaller groups are slow on a CPU)."""
+    most = max(1, min(32, channels // 16))
+    return nn.GroupNorm(max(n for n in range(1, most + 1) if channels % n == 0), channels)
 
 
 def zero_init(layer):
-    """Zero a layer, so that the branch (or the network) that ends in it outputs 0 at first."""
+    """Set a layer to zero, so that the branch which ends in it adds nothing at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of an image's pixels, added to it: x (B, C, H, W) -> like x."""
+    """Lets each pixel look at all others: multi-head self-attention, x (B, C, H, W) -> like x."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
         if channels % num_heads:
-            raise ValueError(
-                f"num_heads {num_heads} does not divide {channels} channels: {divisors(channels, 32)} do"
-            )
+            raise ValueError(f"num_heads {num_heads} does not divide {channels} channels")
         self.num_heads = num_heads
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -164,28 +95,30 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): a view where channels_last
-        # Each of the three is (B, heads, HW, C / heads).
-        q, k, v = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # the fused backward is slower there
-            h = ((q.shape[-1] ** -0.5 * q) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-        else:  # contiguous: on MPS permuted ones gave wrong results without an error
-            h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        qkv = self.qkv(tokens).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.contiguous()  # (B, heads, HW, C / heads) each; Apple's MPS needs contiguous
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # Training on a CPU is a tenth faster without the fused function.
+            h = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         h = self.out(h.transpose(1, 2).reshape(B, H * W, C))  # the heads side by side again
         return x + h.transpose(1, 2).view(B, C, H, W)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, between them a scale and shift by time and class; then attention, if any.
+    """Two convolutions, with a scale and a shift by time and class between them, added to x.
 
-    forward(x, emb): x (B, channels, H, W), emb (B, time_dim) -> (B, channels, H, W)
+    forward(x, emb): x (B, channels, H, W), emb (B, time_dim) -> like x. Attention follows if
+    num_heads is not 0.
     """
 
     def __init__(self, channels, time_dim, dropout, num_heads):
         super().__init__()
         self.norm1 = group_norm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.scale_shift = nn.Linear(time_dim, 2 * channels)  # one of each for every channel
+        self.scale_shift = nn.Linear(time_dim, 2 * channels)
         self.norm2 = group_norm(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
@@ -194,36 +127,37 @@ class ResidualBlock(nn.Module):
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
         h = self.conv1(F.silu(self.norm1(x)))
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)  # shift + norm * (1 + scale), fused
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)  # shift + norm2(h) * (1 + scale)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(x + h)
 
 
 class SimpleUNet(nn.Module):
-    """The network: noisy images and their timesteps in, a prediction of the same shape out.
+    """The network. forward(x, t, y=None) maps noisy images to a prediction of the same shape.
 
-    forward(x, t, y=None): x (B, in_channels, H, W), timesteps t and labels y (B,) int64 -> like x.
-    Label num_classes is the null label ("no class"); y=None means null for every image. ValueError
-    if H or W is not a multiple of 2**(levels - 1), or if a network without classes is given labels.
+    x is (B, in_channels, H, W), the timesteps t and the labels y are (B,) int64. Label num_classes
+    is the null label, which stands for "no class"; y=None means null for every image. H and W must
+    be multiples of 2**(levels - 1). Raises a ValueError if they are not, or if a network without
+    classes is given labels.
     """
 
     def __init__(
         self,
         in_channels=3,
         hidden_channels=64,
-        channel_mults=(1, 2, 2),  # level i: hidden_channels * its entry, at size H / 2**i
-        num_res_blocks=2,  # of a level, down and again up: one number, or one each
-        attention_levels=None,  # where each pixel looks at all others; None: the last
-        num_heads=None,  # of the attention; None: 4, or fewer if 4 won't divide
-        time_dim=256,  # channels of the embedding of time and class
-        dropout=0.0,  # share of the values dropped in a block while training
-        num_classes=None,
-    ):  # None: the network knows no classes
+        channel_mults=(1, 2, 2),  # level i has hidden_channels * channel_mults[i], at H / 2**i
+        num_res_blocks=2,  # per level, on the way down and again up: an int, or one int per level
+        attention_levels=None,  # the levels that have attention; None means the last one
+        num_heads=None,  # heads of the attention; None means 4, or fewer where 4 does not divide
+        time_dim=256,  # width of the embedding of time and class
+        dropout=0.0,  # share of the values in a residual block that training drops
+        num_classes=None,  # None means that the network knows no classes
+    ):
         super().__init__()
-        last = len(channel_mults) - 1
+        levels = len(channel_mults)
         depths = [num_res_blocks] if isinstance(num_res_blocks, int) else list(num_res_blocks)
-        depths = depths * len(channel_mults) if len(depths) == 1 else depths
-        attention_levels = [last] if attention_levels is None else list(attention_levels)
+        depths = depths * levels if len(depths) == 1 else depths
+        attention_levels = [levels - 1] if attention_levels is None else list(attention_levels)
         self.config = dict(
             in_channels=in_channels,
             hidden_channels=hidden_channels,
@@ -235,78 +169,61 @@ class SimpleUNet(nn.Module):
             dropout=dropout,
             num_classes=num_classes,
         )
-        sizes = [
-            in_channels,
-            hidden_channels,
-            time_dim,
-            num_heads,
-            num_classes,
-            *depths,
-            *channel_mults,
-        ]
-        if last < 0 or min(size for size in sizes if size is not None) < 1:
-            raise ValueError(f"every size of the network must be at least 1, got {self.config}")
-        if len(depths) != last + 1 or not set(attention_levels) <= set(range(last + 1)):
+        if (
+            len(depths) != levels
+            or min(levels, hidden_channels, num_heads or 1, *channel_mults, *depths) < 1
+            or not set(attention_levels) <= set(range(levels))
+        ):
             raise ValueError(
-                f"attention_levels {attention_levels}, num_res_blocks {depths}: levels are 0..{last}"
+                "every size must be at least 1, num_res_blocks must be one number or one a level, "
+                f"and attention_levels must be in 0..{levels - 1}, got {self.config}"
             )
         self.num_classes = num_classes
-        self.size_multiple = 2**last
         widths = [hidden_channels * mult for mult in channel_mults]
-        level_heads = [0] * len(widths)  # 0: no attention
+        heads = [0] * levels  # 0 stands for a level without attention
         for level in attention_levels:
-            level_heads[level] = num_heads or max(divisors(widths[level], 4))
+            heads[level] = num_heads or math.gcd(widths[level], 4)
 
         def blocks(width, heads_of_each):
-            return nn.ModuleList(
-                ResidualBlock(width, time_dim, dropout, heads) for heads in heads_of_each
-            )
+            return nn.ModuleList(ResidualBlock(width, time_dim, dropout, n) for n in heads_of_each)
 
         self.time_mlp = nn.Sequential(
             nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
-        # One row more than there are classes: the null label's.
-        self.class_embedding = (
-            None if num_classes is None else nn.Embedding(num_classes + 1, time_dim)
-        )
-        # Entry and exit read and write the image on level 0, halve and double the size elsewhere.
-        to_image = zero_init(nn.Conv2d(widths[0], in_channels, 3, padding=1))
-        entries = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
-        exits = [nn.Sequential(group_norm(widths[0]), nn.SiLU(), to_image)]
-        for above, below in zip(widths, widths[1:]):
-            entries.append(nn.Conv2d(above, below, 3, stride=2, padding=1))
-            exits.append(nn.Sequential(nn.Conv2d(below, above, 1), nn.Upsample(scale_factor=2)))
-        self.down = nn.ModuleList()
-        self.middle = blocks(widths[-1], [level_heads[-1], 0])
-        self.up = nn.ModuleList()  # the last level first
-        for width, depth, heads, entry, leave in zip(widths, depths, level_heads, entries, exits):
-            self.down.append(
-                nn.ModuleDict(dict(entry=entry, blocks=blocks(width, [heads] * depth)))
-            )
-            merges = nn.ModuleList(
-                nn.Conv2d(2 * width, width, 1) for _ in range(depth)
-            )  # x and skip
-            self.up.insert(
-                0,
-                nn.ModuleDict(
-                    dict(merges=merges, blocks=blocks(width, [heads] * depth), exit=leave)
-                ),
-            )
+        if num_classes is not None:  # one row more than there are classes, for the null label
+            self.class_embedding = nn.Embedding(num_classes + 1, time_dim)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # up begins with the last level
+        self.middle = blocks(widths[-1], [heads[-1], 0])
+        for level, (width, depth) in enumerate(zip(widths, depths)):
+            if level == 0:  # The first level reads the image and writes the prediction.
+                entry = nn.Conv2d(in_channels, width, 3, padding=1)
+                to_image = zero_init(nn.Conv2d(width, in_channels, 3, padding=1))
+                leave = nn.Sequential(group_norm(width), nn.SiLU(), to_image)
+            else:  # The others halve the size on entry and double it on leaving.
+                above = widths[level - 1]
+                entry = nn.Conv2d(above, width, 3, stride=2, padding=1)
+                leave = nn.Sequential(nn.Conv2d(width, above, 1), nn.Upsample(scale_factor=2))
+            down = dict(entry=entry, blocks=blocks(width, [heads[level]] * depth))
+            # On the way up a 1x1 convolution merges each skip into what comes from below.
+            merges = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in range(depth))
+            up = dict(merges=merges, blocks=blocks(width, [heads[level]] * depth), exit=leave)
+            self.down.append(nn.ModuleDict(down))
+            self.up.insert(0, nn.ModuleDict(up))
 
     def forward(self, x, t, y=None):
-        if x.shape[2] % self.size_multiple or x.shape[3] % self.size_multiple:
-            raise ValueError(
-                f"height and width must be multiples of {self.size_multiple}, got {tuple(x.shape[2:])}"
-            )
+        multiple = 2 ** (len(self.down) - 1)
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            size = tuple(x.shape[2:])
+            raise ValueError(f"height and width must be multiples of {multiple}, got {size}")
         if y is not None and self.num_classes is None:
-            raise ValueError("labels y for a network without classes")
-        emb = self.time_mlp(time_embedding(t, self.config["time_dim"]))  # (B, time_dim)
+            raise ValueError("labels y were given to a network without classes")
+        emb = time_embedding(t, self.config["time_dim"])
+        emb = self.time_mlp(emb.to(self.time_mlp[0].weight.dtype))  # (B, time_dim)
         if self.num_classes is not None:
-            emb = emb + self.class_embedding(
-                torch.full_like(t, self.num_classes) if y is None else y
-            )
-        emb = F.silu(emb)  # here once, not in every block
-        # Shapes for the defaults at 32x32; where there are three, one for each pass of the loop.
+            y = torch.full_like(t, self.num_classes) if y is None else y
+            emb = emb + self.class_embedding(y)
+        emb = F.silu(emb)
+        # The shapes are those of the defaults at 32x32, one for each of the three levels.
         skips = []
         for level in self.down:
             x = level["entry"](x)  # (B, 64, 32, 32), (B, 128, 16, 16), (B, 128, 8, 8)
@@ -323,28 +240,55 @@ class SimpleUNet(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The diffusion process and its samplers: DiffusionModel
+# 2. The diffusion process: how images become noise, and how noise becomes images
 #
-# Training: mix an image x_0 with noise, x_t = alpha * x_0 + sigma * noise (q(x_t | x_0)), and teach
-# the network to tell the two apart. The timestep t, drawn for each image, sets both factors: as it
-# grows to T, alpha falls to nearly 0, and sigma = sqrt(1 - alpha^2) rises: x_T is almost noise.
-# Sampling: begin with pure noise. In each step the network estimates the x_0 behind x_t; this x_0,
-# mixed with a little less noise than x_t has, is the next x_t (p(x_{t-1} | x_t)). It takes many
-# steps: the estimate is the mean of all images that x_t may come from, blurrier with more noise.
+# Training mixes an image x_0 with noise, x_t = alpha * x_0 + sigma * noise. The timestep t decides
+# how much of each there is. From t = 0 to the last t, alpha falls from 1 to nearly 0 and sigma
+# rises from nearly 0 to 1, always with alpha^2 + sigma^2 = 1. The network sees the mixture and t,
+# and learns to say which noise was mixed in.
 #
-# The network may predict the noise or, as in SimpleDiffusion, v = alpha * noise - sigma * x_0; with
-# x_t, both give x_0: noise after a division by alpha (0.006 at the linear schedule's last t), which
-# multiplies errors; v without. v is nearly the noise at small t, -x_0 at large: what x_t hides.
+# Sampling begins with pure noise. In each step the network says which noise it sees in x_t, and
+# what is left without it is an estimate of x_0. This estimate is mixed with the noise again, but
+# with a little less of it, and that is the next x_t. The first estimate alone would not do. The
+# loss is a squared error, which is smallest for the mean of all images that may be behind x_t, and
+# in pure noise that may be any image, so the mean is a blur. But a small step towards it rules some
+# of them out. The next estimate is the mean of fewer images, and sharper.
+#
+# Instead of the noise the network may predict v = alpha * noise - sigma * x_0 (Salimans and Ho
+# 2022), which is the default of SimpleDiffusion. To get x_0 from the noise one divides by alpha,
+# and at the last t, where alpha is 1/160, that magnifies every error 160 times. To get x_0 from v
+# one never divides. v is nearly the noise where x_t is clean, and nearly -x_0 where it is noisy, so
+# the network is always asked for what cannot be read off x_t.
+#
+# A network that knows classes is trained without the label now and then. So it can be asked twice
+# in sampling, with the label and without. The difference is what the label changes, and guidance
+# exaggerates it.
+#
+# To learn how it works, read `forward` (Algorithm 1), then `algorithm_2`, then `predict_x_start`
+# and `step`. The rest can wait. If you know the papers, these are their names for ours:
+#
+#   here              Ho et al. 2020 (DDPM)   Song et al. 2021 (DDIM)   Lu et al. 2022 (DPM++)
+#   alphas_cumprod    alpha_bar_t             alpha_t                   alpha_t^2
+#   alpha             sqrt(alpha_bar_t)       sqrt(alpha_t)             alpha_t
+#   sigma             sqrt(1 - alpha_bar_t)   sqrt(1 - alpha_t)         sigma_t
+#   betas             beta_t                  1 - alpha_t/alpha_{t-1}
+#   spread            sigma_t                 sigma_t
+#   eta                                       eta
+#   lambdas                                                             lambda_t
+#
+# lambda is log(alpha / sigma), large where x_t is clean. A clean image that is given as an argument
+# is called x_start. Timesteps count from 0, so that t = 0 is the papers' t = 1, and t = -1 stands
+# for the clean image (alpha 1, sigma 0).
 
 
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     """beta in x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64."""
     exact = dict(dtype=torch.float64, device="cpu")
-    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled so that x_T is always noise
+    if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled to end in noise after any number
         betas = torch.linspace(beta_start, beta_end, n_steps, **exact) * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
-        u = torch.linspace(0, 1, n_steps + 1, **exact)  # the paper's t / T; its s is 0.008
-        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # f / f[0]: the product of 1 - beta
+        u = torch.linspace(0, 1, n_steps + 1, **exact)  # the paper's t / T, and its s is 0.008
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # f / f[0] is the product of 1 - beta
         betas = 1 - f[1:] / f[:-1]
     else:
         raise ValueError(f"schedule must be linear or cosine, got {schedule!r}")
@@ -352,18 +296,16 @@ def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
 
 
 class DiffusionModel(nn.Module):
-    """The forward process q, the training loss and the reverse process p, around any network.
+    """The forward process, the training loss and the samplers, around any network.
 
-    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. Labels y
-    (B,) int64 come third, where there are any. For guidance, model.num_classes is the null label.
-    schedule: "cosine", or "linear": beta_start to beta_end, times 1000 / n_steps.
-    prediction: "noise" (Ho et al.), or "v" = alpha * noise - sigma * x_0 (Salimans and Ho 2022).
-    t_distribution: in training: "uniform" (Algorithm 1), or "lognormal": around the noise levels
-    where there is most to learn (Karras et al. 2022). ValueError if an option is out of range.
-
-    Timesteps count from 0: t = 0 is the papers' t = 1, and t = -1 is the clean image, called
-    x_start where it is given and x_0 where it is estimated. alpha^2 is alphas_cumprod, the product
-    of 1 - beta up to t. (alpha_t is 1 - beta_t in Ho et al., and our alpha^2 in DDIM.)
+    model: maps x_t (B, C, H, W) and t (B,) int64 in 0..n_steps-1 to a prediction like x_t. It is
+        given labels y (B,) int64 as a third argument only where there are any. Guidance needs its
+        attribute num_classes, which is the null label.
+    schedule: "cosine", or "linear" from beta_start to beta_end (both times 1000 / n_steps).
+    prediction: "noise" as in Ho et al., or "v" (Salimans and Ho 2022).
+    t_distribution: the timesteps of training are "uniform" as in Algorithm 1, or "lognormal", which
+        prefers the noise levels where there is most to learn (Karras et al. 2022).
+    Raises a ValueError if an option is out of range.
     """
 
     def __init__(
@@ -377,17 +319,6 @@ class DiffusionModel(nn.Module):
         t_distribution="uniform",
     ):
         super().__init__()
-        if not (1 <= n_steps <= 100_000 and 1e-10 < beta_start <= beta_end < 1):
-            raise ValueError(
-                "n_steps must be in 1..100000 and 1e-10 < beta_start <= beta_end < 1, "
-                f"got {n_steps}, {beta_start} and {beta_end}"
-            )
-        if prediction not in ("noise", "v") or t_distribution not in ("uniform", "lognormal"):
-            raise ValueError(
-                "prediction must be noise or v, t_distribution uniform or lognormal, got "
-                f"{prediction!r} and {t_distribution!r}"
-            )
-        self.model = model
         self.config = dict(
             n_steps=n_steps,
             beta_start=beta_start,
@@ -396,141 +327,179 @@ class DiffusionModel(nn.Module):
             prediction=prediction,
             t_distribution=t_distribution,
         )
-        self.n_steps = n_steps
-        # float64, as a thousand factors near 1 are multiplied; on the CPU, as MPS has no float64.
-        betas = make_betas(schedule, n_steps, beta_start, beta_end)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # alpha^2 (section 2, above eq. 4)
-        if alphas_cumprod[-1] < 1e-30:  # its root, by which samplers divide, would be 0 in float32
+        known = prediction in ("noise", "v") and t_distribution in ("uniform", "lognormal")
+        if not (known and 1 <= n_steps <= 100_000 and 0 < beta_start <= beta_end < 1):
             raise ValueError(
-                f"beta_end {beta_end} is too large: with {n_steps} steps nothing is left of the image"
+                "n_steps must be in 1..100000, 0 < beta_start <= beta_end < 1, prediction noise or "
+                f"v, and t_distribution uniform or lognormal, got {self.config}"
             )
-        if alphas_cumprod[-1] > 0.01:
-            warnings.warn(
-                f"x_T is not noise (alphas_cumprod {alphas_cumprod[-1]:.2g}): raise beta_end"
-            )
+        self.model = model
+        self.n_steps = n_steps
+        # In float64, because a thousand factors near 1 are multiplied. MPS has none, so on the CPU.
+        betas = make_betas(schedule, n_steps, beta_start, beta_end)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if not 1e-30 < alphas_cumprod[-1] < 0.01:
+            end = f"alphas_cumprod ends at {alphas_cumprod[-1]:.2g}"
+            warnings.warn(f"x_T should be almost pure noise, but {end}", stacklevel=2)
         tables = dict(
             betas=betas,
-            alphas_cumprod=alphas_cumprod,  # for your own loops, like the last (eq. 7)
-            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha: the factor of the image in x_t
-            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma: that of the noise
-            lambdas=(alphas_cumprod / (1 - alphas_cumprod)).log() / 2,  # log(alpha / sigma)
+            alphas_cumprod=alphas_cumprod,
+            sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha
+            sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma
             posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),
         )
-        for name, table in tables.items():  # not in the state dict: they follow from `config`
+        for name, table in tables.items():  # not saved with the weights, as they follow from config
             self.register_buffer(name, table.float(), persistent=False)
+        # A list, so that a sampler which plans its steps does not wait for the device.
+        self.lambdas = ((alphas_cumprod / (1 - alphas_cumprod)).log() / 2).tolist()
+        self.unseen = True  # no images so far, see `forward`
 
     def alpha_sigma(self, t):
-        """Factors in x_t = alpha * x_0 + sigma * noise: t an int or (B,) -> two (B, 1, 1, 1)."""
-        # 1 and 0, of the clean image, come first: t = -1 finds them, and t = n_steps is an error.
+        """alpha and sigma of x_t, for t an int or (B,) int64: two tensors (B, 1, 1, 1)."""
+        # Entry 0 belongs to the clean image, so every t is shifted by one and t = -1 means clean.
         alphas = F.pad(self.sqrt_alphas_cumprod, (1, 0), value=1.0)
         sigmas = F.pad(self.sqrt_one_minus_alphas_cumprod, (1, 0), value=0.0)
         return alphas[t + 1].view(-1, 1, 1, 1), sigmas[t + 1].view(-1, 1, 1, 1)
 
-    # ---- Training: Algorithm 1
+    def predict(self, x_t, t, y=None):
+        """What the network says of x_t (B, C, H, W), whatever its precision: -> like x_t."""
+        x = x_t.to(next(self.parameters(), x_t).dtype)
+        prediction = self.model(x, t) if y is None else self.model(x, t, y)
+        if prediction.shape != x_t.shape:
+            got, wanted = tuple(prediction.shape), tuple(x_t.shape)
+            raise ValueError(f"the network was given {wanted} and must return the same, not {got}")
+        return prediction.to(x_t.dtype)
 
-    def draw_timesteps(self, count):
-        """Draw timesteps: -> (count,) int64, one in each of `count` equally likely ranges."""
-        device = self.betas.device
-        # Stratified: each is as likely as if drawn alone, but the loss varies less between batches.
-        quantiles = (
-            torch.randperm(count, device=device) + torch.rand(count, device=device)
-        ) / count
-        if self.config["t_distribution"] == "uniform":  # clamp, as rounding can reach n_steps
-            return (quantiles * self.n_steps).long().clamp(max=self.n_steps - 1)
-        # ln(sigma / alpha) is normal: deviation 1.2 as in Karras et al. 2022, table 1; mean -0.8
-        # (theirs: -1.2) was the best of those tried (tests/MEASURED.md). Half of all uniform t of
-        # the linear schedule lie above sigma / alpha = 3.4, where little of the image can be seen.
-        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)  # a normal's quantiles
-        midpoints = -(self.lambdas[1:] + self.lambdas[:-1]) / 2  # ln(sigma / alpha) between two t
-        return torch.searchsorted(midpoints, wanted)  # the timestep nearest to each
+    # ---- Training: Algorithm 1
 
     def q_sample(self, x_start, t, noise=None):
         """x_t ~ q(x_t | x_0) (eq. 4): x_start (B, C, H, W), t an int or (B,) -> like x_start."""
+        if x_start.dim() != 4:
+            raise ValueError(f"images must be (B, C, H, W), got {tuple(x_start.shape)}")
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_start + sigma * noise
 
-    def predict(self, x_t, t, y=None):
-        """The network's output, in float32; where there is no y, it gets no third argument."""
-        return (self.model(x_t, t) if y is None else self.model(x_t, t, y)).float()
-
     def forward(self, x_start, y=None, t=None, noise=None):
-        """The training loss (eq. 14; predicting v weights each term by 1 / alpha^2): -> scalar.
+        """The training loss (eq. 14), a scalar. With v each term is weighted by 1 / alpha^2.
 
-        x_start: (B, C, H, W) in [-1, 1]. y: labels (B,). t (B,), noise like x_start: drawn if None.
+        x_start (B, C, H, W) in [-1, 1], labels y (B,) int64 or None. The timesteps t (B,) int64 and
+        the noise, like x_start, are drawn if they are not given. Raises a ValueError if x_start
+        has another number of dimensions or the network returns another shape.
         """
+        if self.unseen and not torch.compiler.is_compiling():
+            self.unseen = False  # looked at only once, because a GPU has to be waited for
+            if (largest := x_start.abs().max().item()) > 1.5:
+                warnings.warn(f"images must be in [-1, 1], these reach {largest:.4g}", stacklevel=2)
         t = self.draw_timesteps(len(x_start)) if t is None else t  # Algorithm 1, line 3
         noise = torch.randn_like(x_start) if noise is None else noise  # line 4
-        x_t = self.q_sample(x_start, t, noise)  # line 5, in the brackets
+        x_t = self.q_sample(x_start, t, noise)  # line 5, what the network sees
         alpha, sigma = self.alpha_sigma(t)
         target = alpha * noise - sigma * x_start if self.config["prediction"] == "v" else noise
-        return F.mse_loss(self.predict(x_t, t, y), target)  # line 5; backward() follows
+        return F.mse_loss(
+            self.predict(x_t, t, y), target
+        )  # line 5, whose gradient backward() takes
 
-    # ---- Sampling: Algorithm 2 and its shortcuts
+    def draw_timesteps(self, count):
+        """The timesteps of a batch: (count,) int64."""
+        # Uniform numbers in 0..1, but one in each of `count` equal ranges, so that every batch has
+        # both small and large ones and the loss varies less from batch to batch.
+        device = self.betas.device
+        ranges = torch.randperm(count, device=device)
+        u = (ranges + torch.rand(count, device=device, dtype=torch.float32)) / count
+        if self.config["t_distribution"] == "lognormal":
+            return self.lognormal_timesteps(u)
+        return (u * self.n_steps).long().clamp(max=self.n_steps - 1)  # rounding can reach n_steps
+
+    def lognormal_timesteps(self, u):
+        """Turn uniform u into timesteps whose ln(sigma / alpha) is normally distributed: -> like u.
+
+        Half of all uniform t of the linear schedule have more than 3.4 times as much noise as
+        image, and little can be seen there. Karras et al. 2022 (table 1) train on a normal
+        distribution instead, of deviation 1.2. Of the means that were tried, -0.8 was the best.
+        """
+        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(
+            2 * u - 1
+        )  # the normal's quantile function
+        levels = (self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod).float().log()
+        return torch.searchsorted((levels[1:] + levels[:-1]) / 2, wanted)  # the nearest timesteps
+
+    # ---- Sampling: Algorithm 2, then the faster samplers that grew out of it
+
+    @torch.no_grad()
+    def algorithm_2(self, x_T, y=None):
+        """Algorithm 2, line by line: noise x_T (N, C, H, W) -> images x_0 in [-1, 1].
+
+        `sample` gives the same with sampler="ddpm", and more comfort. This is here to be read, and
+        to be copied: change the timesteps, eta, or x_0 itself, and you have a sampler of your own.
+        """
+        x_t = x_T  # line 1
+        for t in reversed(range(self.n_steps)):  # line 2
+            z = torch.randn_like(x_t) if t > 0 else 0.0  # line 3
+            x_0 = self.predict_x_start(x_t, t, y)  # line 4, in two halves
+            x_t = self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=z)
+        return x_t  # line 6
 
     def predict_x_start(self, x_t, t, y=None, guidance=1.0):
-        """Estimate x_0: x_t (B, C, H, W), t (B,) int64 -> x_0 (B, C, H, W), clipped to [-1, 1]."""
+        """Estimate the clean image: x_t (B, C, H, W), t an int or (B,) -> x_0 in [-1, 1]."""
+        t = torch.full(x_t.shape[:1], t, device=x_t.device) if isinstance(t, int) else t
         if guidance == 1:
             prediction = self.predict(x_t, t, y)
-        else:  # away from "no class": Ho and Salimans 2022, eq. 6, on noise or v; guidance is 1 + w
+        else:  # Ho and Salimans 2022, eq. 6, where w is guidance - 1
             labels = torch.cat([y, torch.full_like(y, self.model.num_classes)])
-            conditional, null = self.predict(
-                torch.cat([x_t, x_t]), torch.cat([t, t]), labels
-            ).chunk(2)
+            both = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
+            conditional, null = both.chunk(2)
             prediction = null + guidance * (conditional - null)
         alpha, sigma = self.alpha_sigma(t)
         if self.config["prediction"] == "v":
-            x_0 = alpha * x_t - sigma * prediction  # = (alpha^2 + sigma^2) * x_0
+            x_0 = alpha * x_t - sigma * prediction  # put x_t and v in: the noise cancels
         else:
             x_0 = (x_t - sigma * prediction) / alpha  # eq. 4, solved for x_0
-        # Not in Algorithm 2, but in Ho et al.'s code: later steps would magnify what lies outside.
+        # Ho et al.'s code clips too. What lies outside would grow from step to step.
         return x_0.clamp(-1, 1)
 
     def step(self, x_t, x_0, t, s, eta=0.0, new_noise=0.0):
-        """Go from timestep t to s: x_s = alpha_s * x_0 + sigma_s * noise, with the noise in x_t.
+        """Go from t to s < t with the estimate x_0: -> x_s = alpha_s * x_0 + sigma_s * noise.
 
-        It is eq. 7 of Song et al. 2021. x_0: the clean image to head for. t and s < t: ints or (B,)
-        int64; s = -1 lands on x_0. eta: how much of the noise is replaced by new_noise (their eq.
-        16): 0 none; 1 as in the posterior, Ho et al.'s eq. 7 (with s = t - 1: Algorithm 2).
+        t and s are ints or (B,) int64, and s = -1 lands on x_0. eta says how much of the noise is
+        new. 0 keeps the old noise, which is DDIM (Song et al. 2021, eq. 7). 1 replaces as much of
+        it as Algorithm 2 does, which is the variance of the posterior (eq. 7).
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        # Not the network's noise: with a clipped or extrapolated x_0, that does not add up to x_t.
-        noise = (x_t - alpha_t * x_0) / sigma_t  # eq. 4, solved for the noise
-        # 1 - (alpha_t / alpha_s)^2, the beta of the whole way from s to t, accurate where small.
+        # Recompute the noise. After x_0 was clipped, the network's own no longer adds up to x_t.
+        noise = (x_t - alpha_t * x_0) / sigma_t
+        # 1 - (alpha_t / alpha_s)^2 is the beta of the whole way from s to t. This form of it is
+        # accurate where it is small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-        spread = eta * sigma_s / sigma_t * beta.sqrt()  # the papers' sigma_t; eta 1: posterior's
-        return (
-            alpha_s * x_0
-            + (sigma_s**2 - spread**2).clamp(min=0).sqrt() * noise
-            + spread * new_noise
-        )
+        spread = eta * sigma_s / sigma_t * beta.sqrt()
+        kept = (sigma_s**2 - spread**2).clamp(min=0).sqrt()  # rounding can make it negative
+        return alpha_s * x_0 + kept * noise + spread * new_noise
 
     @torch.no_grad()
     def p_sample(self, x_t, t, y=None):
-        """One step of Algorithm 2 (lines 3 and 4): x_t (B, C, H, W), t (B,) int64 -> x_{t-1}."""
+        """One step of Algorithm 2: x_t (B, C, H, W), t an int or (B,) int64 -> x_{t-1}."""
         x_0 = self.predict_x_start(x_t, t, y)
-        # Of the two variances of section 3.2 (similar results) the posterior's, 0 at t = 0.
         return self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
-        """The timesteps that a sampler visits, strictly decreasing. The last step leads to x_0."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        chosen = SAMPLERS[sampler]
-        steps = min(chosen.steps or self.n_steps, self.n_steps) if steps is None else steps
+        """The timesteps that a sampler visits, strictly decreasing. After the last comes x_0."""
+        if sampler not in DEFAULT_STEPS:
+            raise ValueError(f"sampler must be {', '.join(DEFAULT_STEPS)}, got {sampler!r}")
+        if steps is None:
+            steps = min(DEFAULT_STEPS[sampler] or self.n_steps, self.n_steps)
         if not 1 <= steps <= self.n_steps:
             raise ValueError(f"steps must be in 1..{self.n_steps} (n_steps), got {steps}")
         exact = dict(dtype=torch.float64, device="cpu")
-        if chosen.even_in == "t":
+        if sampler != "dpm++":
             return torch.linspace(self.n_steps - 1, 0, steps, **exact).round().int().tolist()
-        # Evenly spaced in lambda: best for small images, says the README of Lu et al.'s code.
-        lambdas = self.lambdas.cpu().double()  # in this order, as MPS has no float64
-        # Cosine's noisiest t show nothing of the image: begin at -5.1 (as that code does for all).
-        start = (
-            lambdas[lambdas >= -5.1].min() if self.config["schedule"] == "cosine" else lambdas[-1]
+        # Evenly spaced in lambda. The noisiest timesteps of the cosine schedule show nothing of the
+        # image, so there we begin at -5.1, as Lu et al.'s code does.
+        lambdas = torch.tensor(self.lambdas, **exact)
+        first = (
+            lambdas[-1] if self.config["schedule"] == "linear" else lambdas[lambdas > -5.1].min()
         )
-        wanted = torch.linspace(start.item(), lambdas[0].item(), steps, **exact)
+        wanted = torch.linspace(first.item(), lambdas[0].item(), steps, **exact)
         return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)
 
     def sample(
@@ -547,158 +516,237 @@ class DiffusionModel(nn.Module):
         progress=True,
         callback=None,
         x_T=None,
-        guidance_interval=(0.0, math.inf),
+        guidance_interval=(0.3, 3.0),
     ):
-        """Sample images (Algorithm 2 and its shortcuts): shape (N, C, H, W) -> x_0 in [-1, 1].
+        """Draw images: shape (N, C, H, W) -> x_0 in [-1, 1].
 
-        sampler: a name in SAMPLERS. steps: up to n_steps (dpm++ skips repeats); None: its default.
-        y: labels (N,), None: no class. guidance: 1 as trained; more: more typical of the class, in
-        twice the time, only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
-        seed: image i is drawn from seed + i in any batch; None: random. torch's state is not used.
-        init_image (N, C, H, W) in [-1, 1]: start from it, noised by strength (0..1; 0 returns it).
-        mask, broadcast to init_image: 1 repaints, 0 keeps the pixels of init_image, exactly.
-        x_T (N, C, H, W): the starting noise, not the seed's. progress: show a bar.
-        callback(i, t, x_t, x_0): called in step i, x_0 estimated. ValueError if options do not fit.
+        sampler: "ddpm" (Algorithm 2), "ddim" (Song et al. 2021) or "dpm++" (DPM-Solver++(2M), Lu et
+            al. 2022).
+        steps: up to n_steps. None means n_steps, 50 and 13 for the three.
+        y: labels (N,). None draws without a class.
+        guidance: 1 draws as trained. More makes pictures more typical of their class, for twice the
+            time, and only where sigma / alpha is in guidance_interval (Kynkaanniemi et al. 2024).
+        seed: image i is drawn from seed + i, whatever the batch. None is random.
+        init_image: in [-1, 1], the picture to start from. strength in 0..1 says how much of it is
+            redrawn. 0 returns it, 1 starts from pure noise and forgets it.
+        mask: 1 where init_image is to be repainted, 0 where it is kept exactly, or between.
+        progress: show a bar.
+        callback: is called with (i, t, x_t, x_0) in each step, before the update.
+        x_T: the starting noise, in place of the seed's.
+        init_image, mask and x_T are broadcast to `shape`. Raises a ValueError if one does not fit.
         """
         device = self.betas.device
-        y, init_image, mask, x_T = self._check_options(
-            shape, y, guidance, init_image, strength, mask, x_T
-        )
         timesteps = self.timesteps(sampler, steps)
-        if init_image is not None and strength == 0:
-            return init_image.clone()
+        num_classes = getattr(self.model, "num_classes", None)
+        if y is not None:
+            y = fitting("labels y", y, shape[:1], 0, num_classes or math.inf, torch.int64).to(
+                device
+            )
+        if guidance != 1 and (y is None or num_classes is None or not math.isfinite(guidance)):
+            raise ValueError(f"guidance {guidance} needs labels y and a network with num_classes")
+        if init_image is None and (strength != 1 or mask is not None):
+            raise ValueError("strength and mask need an init_image")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength} is not in 0..1")
         draw_noise = noise_of_seeds(shape, seed, device)
-        noise = draw_noise()  # even where x_T is given: it may be this noise, and z must be another
-        x_t = noise if x_T is None else x_T  # Algorithm 2, line 1
+        x_t = draw_noise()  # drawn even if x_T is given, so that later noise differs from x_T
+        if x_T is not None:
+            x_t = fitting("x_T", x_T, shape, -100, 100).to(device)
         if init_image is not None:
-            highest = strength * self.n_steps + 1e-6  # 0.29 * 100 is 28.999...
-            timesteps = [t for t in timesteps if t <= highest] or [int(highest)]
-            x_t = self.q_sample(init_image, timesteps[0], noise=x_t)
+            init_image = fitting("init_image", init_image, shape, -1.001, 1.001).to(device)
+        if mask is not None:
+            mask = fitting("mask", mask, shape, 0, 1).to(device)
+        if strength == 0:
+            return init_image.clone()
+        if strength < 1:
+            start = min(int(round(strength * self.n_steps, 6)), self.n_steps - 1)
+            timesteps = [start, *[t for t in timesteps if t <= start][1:]]
+            x_t = self.q_sample(init_image, start, x_t)
 
-        def denoise(x_t, t):
-            guided = guidance_interval[0] <= math.exp(-self.lambdas[t]) <= guidance_interval[1]
-            x_t = x_t.contiguous(memory_format=memory_format(device))
-            t = torch.full(shape[:1], t, device=device)
-            return self.predict_x_start(x_t, t, y, guidance if guided else 1.0)
-
-        chosen = SAMPLERS[sampler]
-        before = None
+        x_0_before = h_before = None
+        lambdas = [*self.lambdas, math.inf]  # the last one, at index -1, is the clean image's
         pairs = list(zip(timesteps, [*timesteps[1:], -1]))  # each t with the next one, s
-        with torch.inference_mode(), eval_mode(self), autocast(device):
-            for i, (t, s) in enumerate(progress_bar(pairs, progress)):  # line 2
-                now = Step(x_t, denoise(x_t, t), t, s)
+        with torch.no_grad(), eval_mode(self), autocast(device):
+            for i, (t, s) in enumerate(progress_bar(pairs, progress)):
+                ratio = math.exp(-lambdas[t])  # sigma / alpha
+                guided = guidance_interval[0] <= ratio <= guidance_interval[1]
+                x_t = x_t.contiguous(memory_format=memory_format(device))
+                x_0 = self.predict_x_start(x_t, t, y, guidance if guided else 1.0)
+                if mask is not None:
+                    x_0 = mask * x_0 + (1 - mask) * init_image
                 if callback is not None:
-                    callback(i, t, x_t, now.x_0)
-                aim = now.x_0 if s == -1 else chosen.aim(self, now, before, denoise)
-                z = draw_noise() if chosen.eta > 0 and s >= 0 else 0.0  # line 3
-                x_t = self.step(x_t, aim, t, s, chosen.eta, z)  # line 4
-                if mask is not None:  # what is kept: from init_image, as noisy as the rest
-                    x_t = mask * x_t + (1 - mask) * self.q_sample(init_image, s, draw_noise())
-                before = now
-        return x_t.clone()  # outside of inference mode, so that it can be used in training too
-
-    def _check_options(self, shape, y, guidance, init_image, strength, mask, x_T):
-        """The options of `sample`, as tensors on the device. ValueError if they do not fit."""
-
-        def check(name, value, wanted, low, high, dtype=torch.float32):
-            if value is None:
-                return None
-            value = torch.as_tensor(value, dtype=dtype, device=self.betas.device)
-            if name == "mask":
-                with contextlib.suppress(RuntimeError):  # a misfit is refused below
-                    value = value.expand(wanted)
-            if value.shape != torch.Size(wanted):
-                raise ValueError(
-                    f"{name} must have the shape {tuple(wanted)}, got {tuple(value.shape)}"
-                )
-            if not low <= value.min() <= value.max() <= high:
-                raise ValueError(
-                    f"{name} must be in {low}..{high}, got {value.min():.4g} to {value.max():.4g}"
-                )
-            return value
-
-        num_classes = getattr(self.model, "num_classes", None)  # your network may have none
-        if guidance != 1 and (y is None or num_classes is None):
-            raise ValueError(
-                "guidance needs labels y, and a network with the attribute num_classes"
-            )
-        if mask is not None and init_image is None:
-            raise ValueError("a mask needs an init_image, whose pixels it keeps")
-        if not 0 <= strength <= 1 or shape[0] < 1:
-            raise ValueError(
-                f"strength must be in 0..1 and shape[0] at least 1, got {strength} and {shape[0]}"
-            )
-        return (
-            check("y", y, shape[:1], 0, num_classes or math.inf, torch.int64),
-            check("init_image", init_image, shape, -1.001, 1.001),
-            check("mask", mask, shape, 0, 1),
-            check("x_T", x_T, shape, -math.inf, math.inf),
-        )
+                    callback(i, t, x_t, x_0)
+                target, h = x_0, lambdas[s] - lambdas[t]
+                if sampler == "dpm++" and i > 0 and s >= 0:
+                    # The estimate changes from step to step. Guess what it will be in the middle of
+                    # this one, from how it changed in the last. h is a step's length in lambda.
+                    target = x_0 + (x_0 - x_0_before) * (h / (2 * h_before))
+                eta, z = (1.0, draw_noise()) if sampler == "ddpm" and s >= 0 else (0.0, 0.0)
+                x_t = self.step(x_t, target, t, s, eta, z)
+                x_0_before, h_before = x_0, h
+        return x_t
 
 
-class Step(NamedTuple):
-    """The first arguments of DiffusionModel.step: x_t, its x_0 (estimated), t and the next t: s."""
-
-    x_t: torch.Tensor
-    x_0: torch.Tensor
-    t: int
-    s: int
-
-
-class Sampler(NamedTuple):
-    """An entry of the table of samplers. One of your own, Heun's (Karras et al. 2022, Algorithm 1):
-
-    def heun(process, now, before, denoise):
-        x_0_at_s = denoise(process.step(*now), now.s)  # one more call of the network
-        ratio = torch.exp(process.lambdas[now.s] - process.lambdas[now.t])
-        return now.x_0 + (x_0_at_s - now.x_0) * ratio / 2  # along the mean of both noises
-
-    SAMPLERS["heun"] = Sampler(18, "lambda", 0.0, heun)
-    """
-
-    steps: int  # how many by default; None: n_steps
-    even_in: str  # what the timesteps are evenly spaced in: "t", or "lambda", log(alpha / sigma)
-    eta: float  # the share of new noise in a step: 0 none, 1 as much as in Algorithm 2
-    # aim(process, now, before, denoise) -> the clean image to head for (the last step takes x_0).
-    # now, before: this Step and the last one, or None. denoise(x_t, t) -> x_0.
-    aim: Callable = lambda process, now, before, denoise: now.x_0
-
-
-def aim_ahead(process, now, before, denoise):
-    """D of DPM-Solver++(2M) (Lu et al. 2022): x_0 extrapolated to the middle of the step."""
-    if before is None:
-        return now.x_0
-    # `step` with eta 0 is theirs, as alpha_s - alpha_t * sigma_s / sigma_t = alpha_s * (1 - e^-h).
-    h = process.lambdas[now.s] - process.lambdas[now.t]
-    h_before = process.lambdas[now.t] - process.lambdas[before.t]
-    return now.x_0 + (now.x_0 - before.x_0) * h / (2 * h_before)  # their r is h_before / h
-
-
-SAMPLERS = {
-    "ddpm": Sampler(None, "t", 1.0),  # Ho et al. 2020, Algorithm 2
-    "ddim": Sampler(50, "t", 0.0),  # Song et al. 2021
-    "dpm++": Sampler(13, "lambda", 0.0, aim_ahead),  # DPM-Solver++(2M), Lu et al. 2022
-}
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++": 13}  # None means all n_steps
 
 
 def noise_of_seeds(shape, seed, device):
-    """A function that draws noise (N, ...): image i from seed + i, in any batch, on any device."""
-    seed = torch.Generator().seed() % 2**31 if seed is None else seed  # from the system
+    """A function that draws noise (N, C, H, W), image i of it from seed + i on every device."""
+    seed = torch.Generator().seed() % 2**31 if seed is None else operator.index(seed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
+    kind = dict(dtype=torch.float32, device="cpu")
     return lambda: torch.stack(
-        [torch.randn(shape[1:], generator=g, device="cpu") for g in generators]
+        [torch.randn(shape[1:], generator=each, **kind) for each in generators]
     ).to(device)
 
 
+def fitting(name, value, shape, low, high, dtype=torch.float32):
+    """`value` as a tensor that is broadcast to `shape`. ValueError if it does not fit."""
+    value = torch.as_tensor(value, device="cpu").double()
+    try:
+        fitted = value.to(dtype).broadcast_to(shape)
+        fits = torch.allclose(fitted.double(), value)  # neither 2.5 as a label nor a nan
+    except RuntimeError:
+        fits = False
+    if not fits or ((value < low) | (value > high)).any():
+        got = f"{tuple(value.shape)}, {brief(value)}"
+        raise ValueError(f"{name} must be {tuple(shape)} in {low}..{high}, got {got}")
+    return fitted
+
+
+@contextlib.contextmanager
+def eval_mode(module):
+    """Turn dropout off in the block. Afterwards each part is in the mode in which it was."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def progress_bar(steps, show):
+    """Wrap `steps` in a progress bar if `show` is set and tqdm is installed."""
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(steps, disable=not show or sys.stderr is None, desc="sampling", leave=False)
+    return steps
+
+
 # --------------------------------------------------------------------------------------------------
-# 3. The whole: SimpleDiffusion (network, process, configuration) and its file
+# 3. The model and its file: a network and a process in one, where they run, how they are kept
+
+
+def pick_device(name=None):
+    """MPS, then CUDA, then CPU, whichever works. With a name that device, or a ValueError."""
+    best = (
+        "mps"
+        if torch.backends.mps.is_available()
+        else "cuda"
+        if torch.cuda.is_available()
+        else "cpu"
+    )
+    try:  # Torch accepts names of devices that are not there, and sees GPUs that it cannot use.
+        torch.ones(1, device=name or best).add(1).tolist()
+        return torch.device(name or best)
+    except (RuntimeError, AssertionError) as error:
+        if name is not None:
+            raise ValueError(
+                f"device {name} does not work, name another: {brief(error)}"
+            ) from error
+        say(f"{best} does not work, so the CPU is used: {brief(error)}")
+        return torch.device("cpu")
+
+
+def has_bfloat16(device):
+    """Whether this device is known to multiply bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # old torch cannot tell
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return False
+
+
+def autocast(device):
+    """A context in which convolutions and matrix products use bfloat16, if `device` is fast at it.
+
+    Otherwise it does nothing. It never uses float16, which would need loss scaling.
+    """
+    fast = has_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
+
+
+def memory_format(device):
+    """The order of an image's numbers in memory that makes convolutions fastest."""
+    # On MPS channels_last is slow, and some versions of torch computed wrong results with it.
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def brief(error):
+    """What is wrong, in one line."""
+    return " ".join(str(error).split())[:600] or type(error).__name__
+
+
+def say(line, bar=None):
+    """Print a line, above the bar if there is one. Of several processes only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            if bar is not None:
+                bar.clear()
+            print(line, flush=True)
+        except OSError:  # Nobody reads it any more, as after `| head -1`. That ends nothing.
+            sys.stdout = None
+
+
+def write(contents, path):
+    """Write text or what torch.save takes, so that `path` holds the old or the new, never half."""
+    path, buffer = Path(path).expanduser(), io.BytesIO()
+    if isinstance(contents, str):
+        buffer.write(contents.encode())
+    else:
+        torch.save(contents, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(
+        f"{path.name}.{uuid.uuid4().hex}.tmp"
+    )  # another process may write too
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
+        for _ in range(5):
+            with contextlib.suppress(PermissionError):  # while a virus scanner on Windows reads it
+                return os.replace(temporary, path)
+            time.sleep(0.3)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path):
+    """What `write` made of tensors, numbers and strings. No code that a file may hold is run.
+
+    Raises an OSError if there is no such file, a ValueError if it is damaged or of another kind.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
+        raise ValueError(f"{path} is damaged or of another kind: {brief(error)}") from error
 
 
 class SimpleDiffusion(nn.Module):
     """A SimpleUNet in a DiffusionModel, with image size and class names: what is trained and saved.
 
-    With class_names (or num_classes) it learns classes. Unlike the bare process it predicts v and
-    draws t lognormally. unet_options: SimpleUNet's; the last level has attention if at most 16x16.
+    With class_names (or num_classes) it learns classes. Its defaults are those of the released
+    weights, and unet_options are SimpleUNet's. Raises a ValueError if an option is out of range.
     """
 
     def __init__(
@@ -709,7 +757,6 @@ class SimpleDiffusion(nn.Module):
         schedule="linear",
         prediction="v",
         class_names=None,
-        channel_mults=(1, 2, 2),
         beta_start=1e-4,
         beta_end=0.02,
         t_distribution="lognormal",
@@ -718,489 +765,756 @@ class SimpleDiffusion(nn.Module):
         super().__init__()
         if class_names is not None:
             class_names = [str(name) for name in class_names]
-            if unet_options.setdefault("num_classes", len(class_names)) != len(class_names):
-                raise ValueError(
-                    f"{len(class_names)} class names for {unet_options['num_classes']} classes"
-                )
-        if (
-            unet_options.get("attention_levels") is None
-            and image_size // 2 ** (len(channel_mults) - 1) > 16
-        ):
-            unet_options["attention_levels"] = []
-        network = SimpleUNet(
-            hidden_channels=hidden_channels, channel_mults=channel_mults, **unet_options
-        )
-        if not network.size_multiple <= image_size <= 4096 or image_size % network.size_multiple:
-            raise ValueError(
-                f"image_size must be a multiple of {network.size_multiple}, up to 4096, got {image_size}"
-            )
+            unet_options["num_classes"] = len(class_names)
         self.image_size = image_size
         self.class_names = class_names
         self.diffusion = DiffusionModel(
-            network, n_steps, beta_start, beta_end, schedule, prediction, t_distribution
+            SimpleUNet(hidden_channels=hidden_channels, **unet_options),
+            *(n_steps, beta_start, beta_end, schedule, prediction, t_distribution),
         )
 
     @property
-    def network(self):  # an attribute would put the weights into the state dict twice
-        return getattr(self.diffusion.model, "_orig_mod", self.diffusion.model)  # of torch.compile
+    def network(self):  # As an attribute it would put the weights into the state dict twice.
+        return self.diffusion.model
 
-    model = network  # as DiffusionModel calls it
+    model = network  # the name that DiffusionModel has for it
 
     def forward(self, x, y=None, t=None, noise=None):
         """The training loss of DiffusionModel.forward: x (B, C, S, S) in [-1, 1] -> scalar."""
         return self.diffusion(x, y, t, noise)
 
-    def sample(self, batch_size=4, **options):
-        """Draw (batch_size, C, S, S) in [0, 1]. options: DiffusionModel.sample's, in its range."""
+    def sample(self, batch_size=4, y=None, **options):
+        """Draw images (batch_size, C, S, S) in [0, 1].
+
+        y: labels, or names of classes. options: DiffusionModel.sample's, where images are in
+        [-1, 1]. Raises a ValueError if they do not fit.
+        """
+        if isinstance(y, (str, list, tuple)):
+            y = [y] if isinstance(y, str) else y
+            y = [self.label(each) if isinstance(each, str) else each for each in y]
         shape = (batch_size, self.network.config["in_channels"], self.image_size, self.image_size)
-        return (self.diffusion.sample(shape, **options) + 1) / 2
+        return (self.diffusion.sample(shape, y=y, **options) + 1) / 2
+
+    def label(self, name):
+        """The label of a class, whose name may be in upper or lower case."""
+        names = [each.lower() for each in self.class_names or []]
+        if name.lower() not in names:
+            known = ", ".join(self.class_names or ["none"])
+            raise ValueError(f"there is no class {name!r}, the classes are: {known}")
+        return names.index(name.lower())
 
     def save(self, path="diffusion_model.pth", **info):
-        """Write the weights, in float16, and what rebuilds the model. info: more, for humans."""
-        weights = {
-            name: tensor.to("cpu", torch.float16)
-            for name, tensor in self.network.state_dict().items()
-        }
-        write(
-            dict(
-                model_config=self.network.config,
-                diffusion_config=self.diffusion.config,
-                info=info,
-                model_state_dict=weights,
-                image_size=self.image_size,
-                class_names=self.class_names,
-            ),
-            path,
+        """Write the weights, in float16, and what rebuilds the model. info is for humans."""
+        weights = self.network.state_dict().items()
+        contents = dict(
+            model_config=self.network.config,
+            diffusion_config=self.diffusion.config,
+            model_state_dict={
+                name.removeprefix("_orig_mod."): tensor.to("cpu", torch.float16)
+                for name, tensor in weights
+            },
+            image_size=self.image_size,
+            class_names=self.class_names,
+            info=json.loads(json.dumps(info, default=str)),  # plain values, which can be loaded
         )
+        write(contents, path)
 
     @classmethod
     def load(cls, path="diffusion_model.pth", device=None):
-        """What `save` wrote, in eval mode, on `device` (None: the best). ValueError or OSError."""
-        with reading(path) as saved:
-            config = saved["model_config"]
-            weights = {
-                name.replace("_orig_mod.", "").replace(
-                    "module.", ""
-                ): tensor  # torch.compile's, DDP's
-                for name, tensor in saved["model_state_dict"].items()
-            }
-            if "stem.weight" in weights:
-                raise ValueError(
-                    "it is from this project's first release, whose network had other parts"
-                )
-            if len(config["channel_mults"]) * max(config["num_res_blocks"]) > len(weights):
-                raise ValueError(
-                    "it claims more blocks than it holds weights"
-                )  # building takes ages
-            with torch.device("meta"):  # a file can claim any size: this takes no memory yet
-                model = cls(
-                    **config,
-                    **saved["diffusion_config"],
-                    image_size=saved["image_size"],
-                    class_names=saved["class_names"],
-                )
-            model.network.load_state_dict(weights, assign=True)
+        """The model that `save` wrote to `path`, in eval mode.
+
+        path: a file, or a folder with a diffusion_model.pth in it. device: None is the best there
+        is. Raises an OSError if there is no such file, a ValueError if it is damaged or of another
+        kind.
+        """
+        path = Path(path).expanduser()
+        path = path / "diffusion_model.pth" if path.is_dir() else path
+        saved = read(path)
+        try:
+            options = {**saved["model_config"], **saved["diffusion_config"]}
+            with torch.device("meta"):  # A file can claim any size, and this takes no memory yet.
+                model = cls(saved["image_size"], class_names=saved["class_names"], **options)
+            model.network.load_state_dict(saved["model_state_dict"], assign=True)
+        except Exception as error:  # it can hold anything
+            raise ValueError(f"{path} holds no model of this kind: {brief(error)}") from error
         device = pick_device(device)
         return model.to(device, torch.float32, memory_format=memory_format(device)).eval()
 
 
-# ---- The files: written whole or not at all, and read as if anybody may have written them
-def write(contents, path):
-    """torch.save, but `path` keeps what it held until the new is on disk. Errors are OSErrors."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        check_contents(contents)  # what `reading` would refuse must not replace a good file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(contents, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave a renamed, empty file
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, ValueError) as error:  # the last two: torch.save, check_contents
-        raise OSError(
-            f"{path} could not be written; what was there is unchanged: {brief(error)}"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # it was moved, or never made
-            temporary.unlink()
+# --------------------------------------------------------------------------------------------------
+# 4. The data: CIFAR-10, a folder of pictures, or coloured shapes
 
 
-@contextlib.contextmanager
-def reading(path, remedy="give a diffusion_model.pth"):
-    """Yield what `write` wrote to `path`. ValueError if it is damaged or does not fit the block."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+def load_images(data, image_size=32, limit=None):
+    """Read a data set: -> images uint8 (N, C, S, S), labels int64 (N,), class names.
+
+    data: "cifar10" (in ./data, downloaded if it is missing), a folder with cifar-10-batches-py in
+    it, any other folder of pictures, or "shapes". limit: the first images only, of a folder in the
+    order of their paths. C is 1 where all pictures of a folder are grey. Where there are no classes
+    the labels and their names are None. Prints what it ignored and why there are no classes.
+    Raises a ValueError that says what is wrong with the data.
+    """
+    if data == "shapes":
+        return draw_shapes(image_size, limit or 5_000)
+    folder = Path("data" if data == "cifar10" else data).expanduser()
+    if data != "cifar10" and not (folder / "cifar-10-batches-py").exists():
+        return load_folder(folder, image_size, limit)
+    from torchvision.datasets import CIFAR10
+
     try:
-        # torch.load checks no checksums, and unpacks a compressed file (ours is not) to any size.
-        with zipfile.ZipFile(path) as archive:
-            if (
-                sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path)
-                or archive.testzip()
-            ):
-                raise ValueError("its checksums or sizes are wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        check_contents(saved)
-        yield saved
-    except (PermissionError, MemoryError, torch.OutOfMemoryError):  # the file may be sound
-        raise
-    except Exception as error:  # zipfile, pickle, torch and our own checks raise a dozen kinds
-        reason = f"it holds no {error}" if isinstance(error, KeyError) else brief(error)
+        cifar = CIFAR10(folder, train=True, download=data == "cifar10")
+    except Exception as error:  # no network, a full disk, a download that broke off
         raise ValueError(
-            f"{path} is damaged, or no file of this kind ({reason}): {remedy}"
+            f"CIFAR-10 could not be loaded: {brief(error)}. Put {CIFAR10.url} into "
+            f"{folder.resolve()} yourself, or train on --data shapes or a folder of pictures"
         ) from error
+    images = torch.from_numpy(cifar.data[:limit]).permute(0, 3, 1, 2)
+    if image_size != 32:
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear", antialias=True)
+    return images, torch.tensor(cifar.targets[:limit], device="cpu"), cifar.classes
 
 
-def check_contents(value, depth=0):
-    """Refuse all but finite tensors and numbers, strings, and some levels of lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        # A tensor of stride 0 repeats one number: it can claim terabytes that are not in the file.
-        repeats = value.untyped_storage().nbytes() < value.numel() * value.element_size()
-        if repeats or value.is_complex() or not value.isfinite().all():
-            raise ValueError("a tensor does not hold finite numbers")
-    elif isinstance(value, dict):
-        check_contents([*value, *value.values()], depth)
-    elif isinstance(value, (list, tuple)) and depth < 6:  # a short pickle can nest without end
-        for entry in value:
-            check_contents(entry, depth + 1)
-    elif not (
-        type(value) in (bool, int, str, type(None)) or type(value) is float and math.isfinite(value)
-    ):
-        raise ValueError(f"it holds a {type(value).__name__}, or a number that is not finite")
+def load_folder(folder, image_size, limit):
+    """All pictures in and below a folder, whose immediate subfolders are the classes."""
+    import numpy
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder} is no folder, nor is it cifar10 or shapes")
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths, ignored = [], Counter()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=say):
+        # A link must not lead back to where we came from.
+        way = [path.resolve() for path in (Path(parent), *Path(parent).parents)]
+        folders[:] = [f for f in folders if Path(parent, f).resolve() not in way]
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for path in (Path(parent, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in endings:
+                paths.append(path)
+            else:
+                ignored[path.suffix.lower() or "without ending"] += 1
+    if ignored:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in ignored.most_common())
+        say(f"ignored   {kinds}: convert what is a picture to PNG or JPEG")
+    images, kept = [], []
+    for path in sorted(paths)[:limit]:
+        try:
+            pixels = torch.from_numpy(numpy.array(open_picture(path, image_size)))
+            images.append(pixels.permute(2, 0, 1))
+            kept.append(path.relative_to(folder))
+        except ValueError as error:
+            say(f"skipped   {error}")
+    if not images:
+        raise ValueError(f"--data {folder} holds no picture that can be read")
+    images = torch.stack(images)
+    if (images == images[:, :1]).all():  # all are grey, and one channel says it all
+        images = images[:, :1]
+    outside = [path for path in kept if len(path.parts) == 1]
+    if outside:
+        if len(outside) < len(kept):
+            say(f"no classes, as {len(outside)} pictures lie beside the subfolders: {outside[0]}")
+        return images, None, None
+    classes = Counter(path.parts[0] for path in kept)
+    class_names = sorted(classes)
+    say("classes   " + ", ".join(f"{classes[name]:,} {name}" for name in class_names))
+    if len(classes) == 1:
+        inner = folder / class_names[0]
+        say(f"one class is none. If the classes are folders in {inner}, give --data {inner}")
+    labels = [class_names.index(path.parts[0]) for path in kept]
+    return images, torch.tensor(labels, device="cpu"), class_names
+
+
+def open_picture(path, size):
+    """Any picture file -> a PIL image of size x size, upright, RGB, white where transparent."""
+    import numpy
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (2 * size, 2 * size))  # reads large JPEGs several times as fast
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith(("I", "F")):  # PIL would make everything above 255 white
+            values = numpy.asarray(picture, dtype="float32")
+            if picture.mode.startswith("I;16") or values.max() > 255:
+                values = values / 257  # 65535 becomes 255
+            elif picture.mode == "F" and values.max() <= 1:
+                values = values * 255
+            picture = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return ImageOps.fit(picture.convert("RGB"), (size, size))
+    except Exception as error:  # PIL raises many kinds
+        raise ValueError(f"{path} is no readable picture: {brief(error)}") from error
+
+
+SHAPES = ["circle", "diamond", "ring", "square", "triangle"]
+
+
+def draw_shapes(image_size, count, seed=0):
+    """Coloured shapes that follow from seed: -> images (count, 3, S, S), labels, class names."""
+    generator, kind = torch.Generator().manual_seed(seed), dict(dtype=torch.float32, device="cpu")
+    random = torch.rand(10, count, 1, 1, generator=generator, **kind)
+    labels = (random[0].flatten() * len(SHAPES)).long()
+    size = 0.55 + 0.25 * random[1]
+    axis = torch.linspace(-1, 1, image_size, **kind)
+    x = (axis - random[2] + 0.5) / size  # (count, 1, S), from -1 to 1 inside of a shape
+    y = (axis[:, None] - random[3] + 0.5) / size
+    radius, a, b = torch.hypot(x, y), x.abs(), y.abs()
+    depths = [  # how deep a point lies inside each of the shapes
+        0.9 - radius,
+        1 - a - b,
+        0.25 - (radius - 0.7).abs(),
+        0.8 - torch.maximum(a, b),
+        torch.minimum(0.8 - y, (y + 1) / 2 - a),
+    ]
+    depth = torch.stack(depths)[labels, range(count)]  # (count, S, S)
+    cover = (depth * size * image_size / 2 + 0.5).clamp(0, 1)  # the share of each pixel
+    bright, dark = 90 + 165 * random[4:7], 90 * random[7:]  # (3, count, 1, 1) each
+    images = (cover * bright + (1 - cover) * dark).round().to(torch.uint8)
+    return images.transpose(0, 1).contiguous(), labels, SHAPES
+
+
+def save_grid(images, path, columns):
+    """Write images (N, C, S, S) in [0, 1] as one picture, each enlarged to about 128 pixels."""
+    from torchvision.utils import save_image
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    images = F.interpolate(images.cpu().float(), scale_factor=max(1, 128 // images.shape[-1]))
+    save_image(images, path, nrow=columns)
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Training: the configuration, one step, the run, the loop
-
-
-def option(default, meaning, least=-math.inf, below=math.inf):
-    """A field of TrainConfig. least, below: bounds of its numbers that no class above checks."""
-    return field(default=default, metadata=dict(meaning=meaning, least=least, below=below))
+# 5. Training: the options, the optimisers, and a run from its first step to its last
 
 
 @dataclass
 class TrainConfig:
-    """Every option of a run. The flags are these names with dashes: image_size is --image-size."""
+    """Every option of a run. The flags have the same names, and these comments are their help."""
 
-    data: str = option(
-        "cifar10", "cifar10, shapes, or a folder: of images, or one that holds cifar-10-batches-py"
-    )
-    out: str = option(
-        ".", "folder for diffusion_model.pth, model_info.json, samples/ and training_state.pth"
-    )
-    init: str = option(
-        None,
-        "begin with this checkpoint's network and weights; resuming reads it again, so keep it",
-    )
-    image_size: int = option(
-        32, "height and width; images are resized and cropped to the centre", least=1
-    )
-    limit: int = option(
-        None, "use the first LIMIT images only (of a folder in the order of their paths)", least=1
-    )
-    epochs: int = option(100, "passes over the data", least=1)
-    images: int = option(
-        None,
-        "in place of --epochs: train on this many, repeats included (in whole epochs)",
-        least=1,
-    )
-    batch_size: int = option(64, "images a step, over all processes", least=1)
-    lr: float = option(
-        3e-3, "peak learning rate, after the warm-up and before the decay to 0", least=1e-12
-    )
-    hidden_channels: int = option(64, "channels of the first level")
-    channel_mults: tuple = option((1, 2, 2), "channels of each level, as multiples of the first")
-    num_res_blocks: tuple = option(
-        (2,), "residual blocks of a level: one number, or one a level", below=101
-    )
-    attention_levels: tuple = option(
-        None, "levels with attention, 0 the full size (the last, if at most 16x16)"
-    )
-    num_heads: int = option(
-        None, "heads of the attention (by default 4, or fewer where 4 does not divide)"
-    )
-    dropout: float = option(
-        0.0, "share of the residual blocks' values dropped in training", least=0, below=1
-    )
-    n_steps: int = option(1000, "timesteps of the diffusion process")
-    schedule: str = option("linear", "noise schedule: linear or cosine")
-    prediction: str = option(
-        "v", "what the network predicts: v (a mix of noise and image) or noise"
-    )
-    t_distribution: str = option(
-        "lognormal", "timesteps to train on: lognormal (where most is learned) or uniform"
-    )
-    unconditional: bool = option(False, "ignore the classes of the data")
-    no_flip: bool = option(
-        False, "never mirror the images: for letters, digits and whatever has a left and a right"
-    )
-    sample_every: int = option(
-        5, "epochs between grids and exports (--images: a twentieth of all)", least=1
-    )
-    seed: int = option(
-        0, "of the weights, the order of the data and all noise", least=0, below=2**31
-    )
-    device: str = option(None, "mps, cuda or cpu; by default the first of them that is there")
-    compile: bool = option(False, "compile the network with torch.compile")
-    tensorboard: bool = option(False, "write loss curves to OUT/tensorboard")
-    restart: bool = option(False, "begin again, even where a stopped run could go on")
+    data: str = "cifar10"  # cifar10, shapes, or a folder of pictures (or of CIFAR-10)
+    out: str = "."  # the folder to write to: the weights, the training state and samples/
+    init: str = None  # a checkpoint to begin from, with its network and its weights
+    image_size: int = 32  # height and width, to which pictures are scaled and cropped
+    limit: int = None  # how many images of the data to use, all by default
+    epochs: int = 100  # passes over the data
+    images: int = None  # instead of epochs, how many images to train on, counting repeats
+    batch_size: int = 64  # images in a training step, over all processes
+    lr: float = 3e-3  # the highest learning rate, after the warm-up and before the decay to 0
+    hidden_channels: int = 64  # channels of the first level
+    channel_mults: tuple = (1, 2, 2)  # channels of each level, as multiples of the first's
+    num_res_blocks: tuple = (2,)  # residual blocks in a level, one number or one for each level
+    attention_levels: tuple = None  # levels with attention, 0 is the full size; by default the last
+    num_heads: int = None  # heads of the attention, by default 4, or fewer where 4 does not divide
+    dropout: float = 0.0  # share of a residual block's values that is dropped
+    n_steps: int = 1000  # timesteps of the diffusion process
+    schedule: str = "linear"  # noise schedule, linear or cosine
+    prediction: str = "v"  # what the network predicts, v or noise
+    t_distribution: str = "lognormal"  # which timesteps to train on, lognormal or uniform
+    unconditional: bool = False  # ignore the classes of the data
+    no_flip: bool = False  # never mirror the images, for letters, digits and the like
+    sample_every: int = 5  # epochs between samples; with --images it is a twentieth of the run
+    seed: int = 0  # of the weights, of the order of the data and of all noise
+    device: str = None  # such as mps, cuda or cpu, by default the first of these that works
+    compile: bool = False  # compile the network with torch.compile
+    tensorboard: bool = False  # write the loss to OUT/tensorboard
+    restart: bool = False  # begin again, even if a stopped run could go on
 
     def __post_init__(self):
-        if support is None:
-            raise ImportError(no_support)
-        support.check_config(self)
+        """Make each value a plain one, such as can be saved. ValueError if one is absurd."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None:
+                continue
+            if entry.type is tuple:  # a single number will do
+                value = value if hasattr(value, "__iter__") else [value]
+                value = tuple(map(operator.index, value))
+            value = operator.index(value) if entry.type is int else entry.type(value)
+            if entry.name in POSITIVE and not value > 0:
+                raise ValueError(f"{entry.name} must be above 0, got {value}")
+            setattr(self, entry.name, value)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
+
+
+POSITIVE = ["image_size", "limit", "epochs", "images", "batch_size", "lr", "sample_every"]
+ARCHITECTURE = ["hidden_channels", "channel_mults", "num_res_blocks", "attention_levels"]
+ARCHITECTURE += ["num_heads", "n_steps", "schedule", "prediction"]
+# What may differ when a run goes on. With another value of the rest it would be another run.
+MAY_CHANGE = ["data", "out", "epochs", "images", "lr", "sample_every"]
+MAY_CHANGE += ["device", "compile", "tensorboard", "restart"]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are made orthogonal (Jordan et al. 2024), for kernels and matrices.
+
+    In an orthogonal update no direction outweighs the others, and the network learns in fewer
+    steps. A kernel (out, in, k, k) counts as a matrix (out, in * k * k). An update is about as
+    large as one of AdamW's, so that both can share a learning rate.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's momentum
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            alike = {}  # matrices of the same shape are made orthogonal together
+            for p, update in zip(params, updates):
+                alike.setdefault((len(p), p[0].numel()), []).append((p, update.flatten(1)))
+            for shape, pairs in alike.items():
+                orthogonals = orthogonal(torch.stack([matrix for _, matrix in pairs]))
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for (p, _), matrix in zip(pairs, orthogonals):
+                    p.add_(matrix.view(p.shape), alpha=-rate)
+
+
+def orthogonal(matrices):
+    """Roughly the nearest orthogonal matrices (Newton-Schulz): (N, rows, columns) -> like it."""
+    X = matrices.bfloat16()
+    if X.shape[1] > X.shape[2]:
+        return orthogonal(X.mT).mT.contiguous()
+    size = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
+    X = X / size.clamp(min=1e-7)  # so that no singular value is above 1
+    for _ in range(5):  # Each pass moves them towards 1. Jordan chose the three numbers for speed.
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return X
 
 
 def make_optimizers(network, lr):
-    """Muon (Jordan et al. 2024) for what maps features to features, AdamW for the rest: -> both."""
-    stem, head = network.down[0]["entry"], network.up[-1]["exit"][-1]
-    maps = [
-        part.weight
-        for part in network.modules()
-        if isinstance(part, (nn.Conv2d, nn.Linear)) and part not in (stem, head)
-    ]
-    rest = [
-        p for p in network.parameters() if all(p is not weight for weight in maps)
-    ]  # stem, head, biases
-    # match_rms_adamw: Muon's updates are about AdamW's size, so one lr sets both (AdamW's: 0.4 lr).
-    return [
-        support.Muon(maps, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
-    ]
+    """Muon for what maps features to features, AdamW for the rest: -> a list of both."""
+    first, last = network.down[0]["entry"], network.up[-1]["exit"][-1]  # these touch the image
+    layers = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
+    maps = [layer.weight for layer in layers if layer not in (first, last)]
+    rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]
+    adamw = torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return [Muon(maps, lr), adamw]
 
 
 def learning_rate(step, total_steps, peak):
-    """Linear warm-up over 500 steps (5 % of a short run), times a cosine to 0. step: from 0."""
+    """Linear warm-up over 500 steps, or 5 % of a short run, times a cosine. step counts from 0."""
     warmup = min(500, max(1, total_steps // 20))
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Update the average after step `step`, from 1: the last 3 % of steps so far are half of it."""
-    decay = 0.5 ** (1 / (0.03 * step))  # decay ** (0.03 * step) is 1/2
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # in one call
+    """Update the exponential moving average, for the step'th time (counted from 1).
+
+    The weights of single steps scatter around a good point, and their average is closer to it. The
+    most recent 3 % of the steps make up half of it.
+    """
+    decay = 0.5 ** (1 / (0.03 * step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for ours, theirs in zip(ema.buffers(), model.buffers()):  # a network of your own may have some
         ours.copy_(theirs)
 
 
 def training_batch(images, labels, index, num_classes, flip=True):
-    """The images at `index`, half flipped, one label in ten dropped: -> x in [-1, 1], y or None."""
-    x = support.from_uint8(images[index])
+    """The images at `index`, half of them mirrored: -> x in [-1, 1] and labels y, or None."""
+    x = images[index].float() / 127.5 - 1
     if flip:
-        flipped = torch.rand(len(index), device=x.device) < 0.5
-        x = torch.where(flipped[:, None, None, None], x.flip(3), x)
+        mirrored = torch.rand(len(index), device=x.device) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     x = x.contiguous(memory_format=memory_format(x.device))
     if labels is None:
         return x, None
-    # One label in ten becomes the null label, for guidance (Ho and Salimans 2022, Algorithm 1).
+    # One label in ten becomes the null label, so that guidance has something to compare with (Ho
+    # and Salimans 2022, Algorithm 1).
     dropped = torch.rand(len(index), device=x.device) < 0.1
     return x, labels[index].masked_fill(dropped, num_classes)
 
 
-class TrainingRun:
-    """A run: the network, its average, the optimisers, and how far they have come.
+def train(config, data=None):
+    """Train as `config` says, or go on with such a run: -> SimpleDiffusion with averaged weights.
 
-    A step's random numbers follow from seed, step and process (which of how many) alone. So a run
-    that was stopped anywhere goes on as if it had not been, and no random state has to be saved.
+    data: images, labels and class names as load_images returns them, in place of config.data.
+    Raises a ValueError or an OSError for a bad option, data set or file, a FloatingPointError if
+    the loss is not finite, and after a signal a KeyboardInterrupt, once the state is saved.
     """
+    from tqdm import tqdm
 
-    def __init__(
-        self, config, images, labels, class_names, processes, make_optimizers=make_optimizers
-    ):
-        self.config = config
-        self.processes = processes  # support.Processes
-        self.out = Path(config.out).resolve()
-        self.batch_size = processes.shared(config.batch_size, len(images))
-        self.steps_per_epoch = len(images) // self.batch_size  # the rest waits for another epoch
-        epochs = (
-            config.epochs
-            if config.images is None
-            else config.images / self.steps_per_epoch / self.batch_size
+    # The device. Where torchrun starts several processes, it tells them so in the environment.
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
+    device = config.device
+    if world_size > 1 and device is None:
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
+    tune_torch()
+
+    # The data, as one uint8 tensor. The first process reads it first, in case it is downloaded.
+    out = Path(config.out).expanduser().resolve()
+    if data is not None:
+        config = replace(config, data="tensors")
+    elif (out / "samples").is_relative_to(Path(config.data).expanduser().resolve()):
+        raise ValueError(f"--out {out} would put its samples among the pictures of --data")
+    if rank > 0:
+        largest(0)
+    images, labels, class_names = data or load_images(config.data, config.image_size, config.limit)
+    if rank == 0:
+        largest(0)
+    square = images.dim() == 4 and images.shape[2] == images.shape[3]
+    if images.dtype != torch.uint8 or not square or (labels is None) != (class_names is None):
+        got = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(
+            f"images must be uint8 (N, C, S, S), got {got}, and labels need class names"
         )
-        self.epochs = max(1, round(epochs))
-        self.total_steps = self.epochs * self.steps_per_epoch
-        torch.manual_seed(config.seed)
-        self.model = support.begin_model(SimpleDiffusion, config, images.shape[1], class_names)
-        self.origin = support.origin_of(config.init)  # for model_info.json
-        self.model.to(processes.device, memory_format=memory_format(processes.device))
-        # All data as uint8 on the device: a batch is an index away, and needs no worker process.
-        self.images = support.with_channels(images, self.model.network.config["in_channels"]).to(
-            processes.device
+    if config.unconditional or labels is None:
+        labels = class_names = None
+    batch_size = min(config.batch_size, len(images)) // world_size * world_size
+    if batch_size == 0 or config.batch_size % world_size:
+        raise ValueError(f"{world_size} processes cannot share --batch-size {config.batch_size}")
+    steps_per_epoch = len(images) // batch_size  # what is left over waits for another epoch
+    epochs, sample_every = config.epochs, config.sample_every
+    if config.images is not None:
+        epochs = max(1, round(config.images / (steps_per_epoch * batch_size)))
+        sample_every = math.ceil(epochs / 20)
+    total_steps = epochs * steps_per_epoch
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpus), stop_signals() as received:
+        # The model, its moving average, which draws better than the weights of any one step, and
+        # the optimisers.
+        torch.manual_seed(mixed_seed(config.seed, -(2**31)))
+        model = new_model(config, images, class_names)
+        run = {**asdict(config), **fingerprint(images, labels, model.class_names)}
+        images = images.expand(-1, model.network.config["in_channels"], -1, -1).to(device)
+        if labels is not None:
+            last = len(class_names) - 1
+            labels = fitting("labels", labels, images.shape[:1], 0, last, torch.int64).to(device)
+        model.to(device, memory_format=memory_format(device))
+        ema = copy.deepcopy(model).eval()
+        optimizers = make_optimizers(model.network, config.lr)
+        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+        # The state of a stopped run, if there is one.
+        step, seconds, losses = 0, 0.0, []
+        state_path = out / "training_state.pth"
+        resumed = state_path.exists() and not config.restart
+        if resumed:
+            state = read(state_path)
+            refuse_another_run(state_path, state, run)
+            step, seconds, losses = state["step"], state["seconds"], state["losses"]
+            model.network.load_state_dict(state["model"])
+            ema.network.load_state_dict(state["ema"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            say(f"going on after step {step:,} of {total_steps:,} (--restart begins again)")
+        if largest(step) != step:
+            raise ValueError(f"the processes do not all find {state_path}: share its folder")
+        if step >= total_steps:
+            say("finished (with more --epochs or --images it goes on)")
+            return ema
+        # Listed only now, as load_state_dict makes new groups.
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+        # What a run says and shows at its beginning.
+        info = dict(
+            architecture=f"SimpleUNet {model.network.config}",
+            parameters=sum(p.numel() for p in model.parameters()),
+            dataset=config.data,
+            batch_size=batch_size,
+            optimizer=" and ".join(type(optimizer).__name__ for optimizer in optimizers),
+            learning_rate=config.lr,
+            **model.diffusion.config,
+            device=str(device),
+            torch=str(torch.__version__),
+            license="MIT" if config.data in ("cifar10", "shapes") else "not stated",
         )
-        self.labels = None if self.model.class_names is None else labels.to(processes.device)
-        # The weights' moving average draws better pictures than any step's: it is what is exported.
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizers = make_optimizers(self.model.network, config.lr)
-        self.peak_rates = [
-            [group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers
-        ]
-        self.loss_function = support.compiled(processes.wrap(self.model), config.compile)
-        self.step = 0  # steps done
-        self.seconds = 0.0  # of training so far
-        self.saved_at = 0.0  # `seconds` at the last save
-        self.order = None  # of the images in this epoch
-        self.losses = []  # of this epoch's steps, in this process
-        self.epoch_losses = []  # the mean of each finished epoch
-
-    def batch(self, index):
-        return training_batch(
-            self.images, self.labels, index, self.model.network.num_classes, not self.config.no_flip
+        say(
+            f"device    {device}, {'bfloat16' if has_bfloat16(device) else 'float32'}\n"
+            f"network   {info['parameters'] / 1e6:.1f} M parameters\n"
+            f"data      {len(images):,} images of {config.data}, {images.shape[-1]} pixels wide, "
+            f"{', '.join(model.class_names or ['no classes'])}\n"
+            f"training  {epochs:,} epochs of {steps_per_epoch:,} steps of {batch_size} images\n"
+            f"files     {out}"
         )
+        if total_steps < 1000:
+            say(f"hint      {total_steps} steps are few, --images 200000 makes more of them")
+        if class_names and all(len(name) == 1 or name.isdigit() for name in model.class_names):
+            say("hint      letters and digits should not be mirrored: --no-flip")
+        if config.compile and device.type == "mps":
+            raise ValueError("--compile gives wrong results on MPS with some versions of torch")
+        loss_of = torch.compile(model) if config.compile else model
+        if world_size > 1:
+            loss_of = nn.parallel.DistributedDataParallel(loss_of)
+        if rank == 0 and not resumed:
+            keep_old_checkpoint(out / "diffusion_model.pth")
+            first = torch.arange(min(64, len(images)), device=device)
+            x, _ = training_batch(images, None, first, None, not config.no_flip)
+            save_grid((x + 1) / 2, out / "samples/data.png", columns=8)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def train_step(self):
-        """One pass of Algorithm 1's loop. Lines 3, 4 and the loss in 5: DiffusionModel.forward."""
-        epoch, i = divmod(self.step, self.steps_per_epoch)
-        rank, count = self.processes.rank, self.processes.count
-        first_seed = 1_000_003 * self.config.seed  # no two seeds share numbers for 10^6 steps
-        if self.order is None or i == 0:
-            generator = torch.Generator().manual_seed(first_seed + epoch)
-            self.order = torch.randperm(len(self.images), generator=generator, device="cpu").to(
-                self.images.device
-            )
-        torch.manual_seed((first_seed + self.step) * count + rank)  # flips, t, noise
-        whole_batch = self.order[i * self.batch_size : (i + 1) * self.batch_size]
-        x, y = self.batch(whole_batch[rank::count])  # line 2: this process's share
-        with autocast(x.device):
-            loss = self.loss_function(x, y)  # lines 3 to 5: the loss
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # bad batches do little harm
-        for optimizer, peak_rates in zip(self.optimizers, self.peak_rates):
-            for group, peak in zip(optimizer.param_groups, peak_rates):
-                group["lr"] = learning_rate(self.step, self.total_steps, peak)
-            optimizer.step()  # line 5: the gradient descent step
-        self.model.zero_grad()
-        self.step += 1
-        update_ema(self.ema.network, self.model.network, self.step)
-        self.losses.append(
-            torch.where(norm.isfinite(), loss.detach(), math.nan)
-        )  # nan if the gradient is bad
+            writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+        hide = rank > 0 or sys.stderr is None or not sys.stderr.isatty()
+        bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, unit="step", disable=hide)
 
-    def fetch_losses(self):
-        """The losses of this epoch's steps (waits for a GPU). FloatingPointError if not finite."""
-        losses = torch.stack(self.losses).tolist() if self.losses else []
-        for step, loss in enumerate(losses, start=self.step - len(losses) + 1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"loss not finite at step {step}: give the same command with a lower --lr"
+        order = None  # of the images in this epoch
+        pending = []  # losses that are still on the device
+        began = time.monotonic() - seconds  # as if there had been no break
+        saved_at = shown_at = seconds
+        while step < total_steps:
+            # One pass of Algorithm 1. All its random numbers follow from the seed and the number of
+            # the step. So a run can stop anywhere and go on as if it had not (on a CPU to the bit),
+            # and no random state has to be saved.
+            epoch, i = divmod(step, steps_per_epoch)
+            if order is None or i == 0:
+                generator = torch.Generator().manual_seed(mixed_seed(config.seed, -1 - epoch))
+                order = torch.randperm(len(images), generator=generator, device="cpu").to(device)
+            torch.manual_seed(mixed_seed(config.seed, step * world_size + rank))
+            index = order[i * batch_size : (i + 1) * batch_size][rank::world_size]
+            null = model.network.num_classes
+            x, y = training_batch(images, labels, index, null, flip=not config.no_flip)
+            with autocast(device):
+                loss = loss_of(x, y)  # lines 3 to 5: DiffusionModel.forward
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # bad batches do little harm
+            for group, peak in zip(groups, peaks):
+                group["lr"] = learning_rate(step, total_steps, peak)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            update_ema(ema, model, step)
+            pending.append(loss.detach() + 0 * norm)  # not finite if the gradient is not
+
+            # Fetch the losses once a second. Doing so in every step would make a GPU wait.
+            seconds = time.monotonic() - began
+            epoch_done, run_done = step % steps_per_epoch == 0, step == total_steps
+            stop = largest(received[0] if received else 0)
+            # Save every five minutes and after epochs, but after very short ones not each time.
+            at_stake = min(20, seconds / 10) if epoch_done else 300
+            saving = stop or run_done or seconds - saved_at > at_stake
+            if epoch_done or saving or seconds - shown_at > 1:
+                losses += torch.stack(pending).tolist()
+                pending.clear()
+                shown_at = seconds
+                if not math.isfinite(sum(losses)):
+                    bad = [math.isfinite(loss) for loss in losses].index(False) + 1
+                    advice = "give the same command with a lower --lr"
+                    raise FloatingPointError(f"the loss is not finite at step {bad}: {advice}")
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    bar.set_postfix(loss=f"{fmean(losses[-100:]):.4f}", refresh=False)
+                    bar.update(step - bar.n)
+            exporting = epoch_done and ((epoch + 1) % sample_every == 0 or run_done)
+            if exporting and rank == 0:
+                starts = range(0, step, steps_per_epoch)
+                curve = [fmean(losses[start : start + steps_per_epoch]) for start in starts]
+                info.update(epochs=len(curve), images_seen=step * batch_size)
+                info.update(final_loss=curve[-1], training_minutes=seconds / 60)
+                export(ema, out, config.seed, curve, info)
+            if saving:
+                saved_at = seconds
+                if rank == 0:
+                    state = dict(run=run, step=step, seconds=seconds, losses=losses)
+                    state.update(model=model.network.state_dict(), ema=ema.network.state_dict())
+                    state.update(optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                    write(state, state_path)
+
+            # Say how it goes: a line for each epoch, but with --images for each of twenty parts.
+            if epoch_done and (exporting or config.images is None):
+                say(
+                    f"epoch {epoch + 1:3d}/{epochs}  loss {fmean(losses[-steps_per_epoch:]):.4f}  "
+                    f"{step * batch_size / seconds:.0f} images/s  "
+                    f"{seconds / step * (total_steps - step) / 60:.0f} minutes left",
+                    bar,
                 )
-        return losses
-
-    def end_epoch(self):
-        """Record the mean loss of the epoch that has ended: -> the losses of its steps."""
-        losses = self.fetch_losses()
-        self.epoch_losses.append(sum(losses) / len(losses))
-        self.losses = []
-        return losses
-
-    def save(self):
-        """Write all that a run needs to go on as if it had not been stopped."""
-        state = dict(
-            model=self.model.network.state_dict(),
-            ema=self.ema.network.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-            memory_format=str(memory_format(self.images.device)),
-            step=self.step,
-            seconds=self.seconds,
-            losses=self.fetch_losses(),
-            epoch_losses=self.epoch_losses,
-            images=len(self.images),
-            origin=self.origin,
-            config=asdict(self.config),
-        )
-        if self.processes.rank == 0:
-            write(state, self.out / "training_state.pth")
-        self.saved_at = self.seconds
-
-    def resume(self):
-        """Go on from what `save` wrote: -> whether it did. ValueError if it is of another run."""
-        path = self.out / "training_state.pth"
-        if self.config.restart or not path.exists():
-            return False
-        with reading(path, "--restart begins again, with --init FILE from other weights") as state:
-            changed = support.changed_options(TrainConfig(**state["config"]), self.config)
-            if state["images"] != len(self.images):
-                changed.append(f"{state['images']} images, not {len(self.images)}")
-            if not changed:
-                self.restore(state)
-        if changed:  # outside `reading`, which would call the file damaged
-            raise ValueError(
-                f"the run in {self.out} was begun with {', '.join(changed)}: give the same or --restart, "
-                f"or begin another --out from its weights with --init"
-            )
-        return True
-
-    def restore(self, state):
-        self.model.network.load_state_dict(state["model"])
-        self.ema.network.load_state_dict(state["ema"])
-        self.step = state["step"]
-        self.seconds = self.saved_at = float(state["seconds"])
-        self.origin = dict(state["origin"])
-        self.losses = list(torch.tensor(state["losses"], device=self.images.device).flatten())
-        self.epoch_losses = torch.tensor(
-            state["epoch_losses"], dtype=torch.float64
-        ).tolist()  # refuses text
-        if divmod(self.step, self.steps_per_epoch) != (len(self.epoch_losses), len(self.losses)):
-            raise ValueError("its steps and losses do not fit together")
-        # In another memory format Muon's matrices have other columns: the optimisers start afresh.
-        if state["memory_format"] == str(memory_format(self.images.device)):
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                support.restore_optimizer(optimizer, saved)
+            if epoch_done and config.tensorboard and rank == 0:
+                writer.add_scalar("loss", fmean(losses[-steps_per_epoch:]), step)
+                writer.flush()
+            if stop and not run_done:
+                say(f"stopped after step {step:,}: the same command goes on", bar)
+                raise KeyboardInterrupt(stop)
+        checkpoint = shlex.quote(str(out / "diffusion_model.pth"))
+        say(f"wrote {checkpoint}, draw: python inference_example.py --checkpoint {checkpoint}", bar)
+    return ema
 
 
-def train(config, make_optimizers=make_optimizers):
-    """Train as `config` says, or go on with such a run: -> the SimpleDiffusion of averaged weights.
+def new_model(config, images, class_names):
+    """The model that a run begins with, as the options say or with --init as that checkpoint is."""
+    options = dict(image_size=images.shape[-1], class_names=class_names, dropout=config.dropout)
+    options.update(t_distribution=config.t_distribution)
+    if config.init is None:
+        architecture = {name: getattr(config, name) for name in ARCHITECTURE}
+        return SimpleDiffusion(in_channels=images.shape[1], **options, **architecture)
+    given = [name for name in ARCHITECTURE if getattr(config, name) != getattr(TrainConfig, name)]
+    if given:
+        raise ValueError(f"{', '.join(given)} comes with --init, leave it out")
+    source = SimpleDiffusion.load(config.init, "cpu")
+    theirs = {**source.network.config, **source.diffusion.config, "num_classes": None}
+    if images.shape[1] > theirs["in_channels"]:
+        raise ValueError("the network of --init draws in grey, but the images are in colour")
+    model = SimpleDiffusion(**{**theirs, **options})
+    # Classes go by their names, and one that is new begins as the null class, the last row.
+    weights = source.network.state_dict()
+    rows = weights.pop("class_embedding.weight", torch.zeros(1, theirs["time_dim"]))
+    model.network.load_state_dict(weights, strict=False)
+    known = dict(zip(source.class_names or [], rows))
+    with torch.no_grad():
+        if class_names is None:  # such a network draws the null class of the other
+            model.network.time_mlp[-1].bias += rows[-1]
+        else:
+            wanted = [known.get(name, rows[-1]) for name in model.class_names]
+            model.network.class_embedding.weight.copy_(torch.stack([*wanted, rows[-1]]))
+    return model
 
-    make_optimizers(network, lr) -> a list of optimisers. ValueError or OSError: a bad option, data
-    set or file. FloatingPointError: the loss is not finite. SystemExit (130, 143): once stopped.
-    """
-    support.tune_torch()
-    processes = support.Processes(pick_device(config.device))
-    support.begin_model(SimpleDiffusion, config, 3, None)  # bad options fail before data is read
-    with processes.first_goes_ahead():  # it downloads the data, while the others wait
-        images, labels, class_names = load_images(
-            config.data, config.image_size, config.limit, config.out
-        )
-    run = TrainingRun(config, images, labels, class_names, processes, make_optimizers)
-    resumed = run.resume()
-    processes.check_equal(
-        run.step, "training_state.pth: --out must be a folder that all machines share"
-    )
-    if run.step >= run.total_steps:
-        processes.say(
-            f"finished ({len(run.epoch_losses)} epochs): raise --epochs or --images, or --restart"
-        )
-        return run.ema
-    report = support.Report(
-        run, resumed, "bfloat16" if has_bfloat16(processes.device) else "float32"
-    )
-    started = time.monotonic() - run.seconds  # as if there had been no break
-    with report.bar, support.stop_signals() as received:  # a second Ctrl-C ends at once, unsaved
-        while run.step < run.total_steps:
-            run.train_step()
-            run.seconds = time.monotonic() - started
-            report.step()
-            epoch_done = run.step % run.steps_per_epoch == 0
-            if epoch_done:
-                report.epoch(run.end_epoch())  # prints; every few epochs exports and samples
-            stop = processes.largest(received[0] if received else 0)  # any process's signal, or 0
-            # A crash costs at most five minutes; not every short epoch is worth a file.
-            seconds_at_risk = min(20, run.seconds / 10) if epoch_done else 300
-            if stop or run.step == run.total_steps or run.seconds - run.saved_at > seconds_at_risk:
-                run.save()
-            if stop and run.step < run.total_steps:
-                processes.say(
-                    f"stopped after step {run.step} of {run.total_steps}: give the same command to go on"
-                )
-                sys.exit(128 + stop)  # 130 or 143, the shells' convention
-    return run.ema
+
+def refuse_another_run(path, state, run):
+    """Raises a ValueError that says what differs, if the state at `path` is not of this run."""
+    before = state.get("run") if isinstance(state, dict) else None
+    if before is None:
+        raise ValueError(f"{path} is no training state of this version: --restart begins again")
+    changed = [
+        f"{name} {before.get(name)}, not {run.get(name)}"
+        for name in {**before, **run}
+        if name not in MAY_CHANGE and before.get(name) != run.get(name)
+    ]
+    if changed:
+        advice = "Give the same again, another --out, or --restart"
+        raise ValueError(f"{path} was begun with {'; '.join(changed)}. {advice}")
+
+
+def fingerprint(images, labels, classes):
+    """By which a run knows that it goes on with the same data."""
+    checksum = hashlib.sha256(images.contiguous().numpy())
+    checksum.update(str(None if labels is None else labels.tolist()).encode())
+    return dict(number_of_images=len(images), classes=classes, checksum=checksum.hexdigest())
+
+
+def mixed_seed(seed, number):
+    """A seed of 32 bits, which is all that torch's generators use, for a step of a run."""
+    # Seeds begin far apart in the 2**32, at multiples of 2**32 / golden ratio. So two runs share no
+    # step's seed within 190,000 steps, if their own differ by less than 10,000. Numbers from 0 are
+    # those of steps, and negative ones those of the orders of epochs.
+    return (seed * 2654435769 + number) % 2**32
+
+
+def largest(number):
+    """The largest of the numbers of all processes, once all of them have come here."""
+    if dist.is_initialized():
+        number = torch.tensor(number, device="cpu")
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect Ctrl-C, SIGTERM and SIGHUP in a list. A second Ctrl-C ends at once."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    # Those that are ignored stay so, as SIGHUP under nohup. Only the main thread may set handlers.
+    numbers = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, receive) for number in numbers if main_thread}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def tune_torch():
+    """Settings of torch and of the C library that make a training step faster."""
+    torch.set_flush_denormal(True)  # CPUs are many times slower with numbers below 1e-38
+    torch.backends.cudnn.benchmark = True  # all batches have one shape, so a search pays off
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has glibc
+        import ctypes
+
+        libc = ctypes.CDLL("libc.so.6")
+        # Keep freed memory for the next tensor. To get it anew costs a fifth of a step on a CPU.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def keep_old_checkpoint(path):
+    """Copy the weights of an earlier run to diffusion_model.pth.bak, or to .bak2, .bak3, ..."""
+    names = (f"{path}.bak{number}".removesuffix("1") for number in range(1, 10**6))
+    if path.exists():
+        shutil.copyfile(path, next(name for name in names if not os.path.exists(name)))
+
+
+def export(ema, out, seed, curve, info):
+    """Write diffusion_model.pth, model_info.json, a grid of four samples and the loss's curve."""
+    from matplotlib.figure import Figure
+
+    info = dict(info, date=time.strftime("%Y-%m-%d"))
+    ema.save(out / "diffusion_model.pth", **info)
+    write(json.dumps(info, indent=2) + "\n", out / "model_info.json")
+    classes = ema.network.num_classes
+    y = None if classes is None else [i % classes for i in range(4)]
+    images = ema.sample(4, y=y, seed=seed, progress=False)
+    save_grid(images, out / f"samples/epoch_{len(curve):04d}.png", columns=2)
+    figure = Figure(figsize=(6, 4))
+    axes = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    axes.plot(range(1, len(curve) + 1), curve)
+    figure.savefig(out / "samples/loss.png")
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Let what a user can cause end in one line that begins with "error:", and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))  # the shells' convention
+    except Exception as error:
+        kinds = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
+        causes = ("memory", "compiler")  # too little of the one, or none of the other
+        if not isinstance(error, kinds) and not any(cause in str(error) for cause in causes):
+            raise  # a bug, which has to show where it is
+        missing = " (pip install -r requirements.txt)" if isinstance(error, ImportError) else ""
+        with contextlib.suppress(OSError, AttributeError):
+            print(f"error: {brief(error)}{missing}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(argv=None):
-    if support is None:
-        print("error:", no_support, file=sys.stderr)
-        sys.exit(2)
-    with support.ends_in_one_line():
-        train(support.parse_options(TrainConfig, argv, __doc__))
+    """Read the options from the command line, and train."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=layout, allow_abbrev=False
+    )
+    parser.error = refuse_options
+    comments = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(TrainConfig)))
+    kinds = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="*")}
+    for entry in fields(TrainConfig):
+        name, default = "--" + entry.name.replace("_", "-"), entry.default
+        help = comments[entry.name] + ("" if default in (None, False) else " (%(default)s)")
+        kind = kinds.get(entry.type, dict(type=entry.type))
+        parser.add_argument(name, help=help, default=default, **kind)
+    with errors_in_one_line():
+        train(TrainConfig(**vars(parser.parse_args(argv))))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def refuse_options(message):
+    raise ValueError(f"{message} (--help lists all options)")
 
 
 if __name__ == "__main__":

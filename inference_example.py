@@ -1,283 +1,178 @@
-"""Draw pictures from diffusion_model.pth, which `python diffusion_model.py` writes. All flags: --help. In Python:
+"""Draw pictures with diffusion_model.pth, which `python diffusion_model.py` writes. In Python:
 
-from diffusion_model import SimpleDiffusion
-from support import save_grid
-model = SimpleDiffusion.load("diffusion_model.pth")
-images = model.sample(10, y=range(10), guidance=2, seed=0)     # one of each class: (10, 3, 32, 32) in [0, 1]
-save_grid(images, "ten.png", columns=5)
+    from diffusion_model import SimpleDiffusion, save_grid
 
-python inference_example.py                                    eight of each class, a row a class
-python inference_example.py -n 40                              forty, the classes in turn: a column of each
-python inference_example.py --class cat ship -n 10 --guidance 3      ten cats above ten ships, typical ones
-python inference_example.py -n 50000 --save-each FOLDER        single files, to measure; goes on where it stopped
-python inference_example.py --class dog --init-image FILE --strength 0.6     redraw a picture; 0 leaves it alone
-python inference_example.py --class dog --init-image FILE --mask FILE        repaint it where the mask is white
-python inference_example.py --class horse --interpolate 3 8    from the picture of seed 3 to that of 8 (not ddpm)
-python inference_example.py --denoising                        from noise to picture, strip and GIF: x_t above x_0
+    model = SimpleDiffusion.load("diffusion_model.pth")
+    images = model.sample(10, y=range(10), guidance=2.5, seed=0)  # (10, 3, 32, 32) in [0, 1]
+    save_grid(images, "ten.png", columns=5)
+
+From the command line, into samples/generated.png:
+
+    python inference_example.py                           a row of eight pictures for each class
+    python inference_example.py --class cat ship -n 10    ten cats above ten ships
+    python inference_example.py --class ship --init-image FILE           redraws a picture
+    python inference_example.py --class ship --init-image FILE --mask FILE    repaints a part of it
+    python inference_example.py --class horse --interpolate 3 8     from seed 3 to seed 8
+    python inference_example.py --class horse --denoising           from noise to a picture
+    python inference_example.py -n 500 --save-each FOLDER           single files instead, to measure
 """
 
 import argparse
 import math
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from diffusion_model import SAMPLERS, SimpleDiffusion, noise_of_seeds, progress_bar
-from support import (
-    Parser,
-    SingleFiles,
-    ends_in_one_line,
-    from_uint8,
-    picture_path,
-    read_picture,
-    save_denoising,
-    save_grid,
-    to_uint8,
-    tune_torch,
-)
+import diffusion_model as dm
 
-GUIDANCE = 2.5  # above 1: easier to recognise, less varied; 1.75 comes nearest to the data (tests/MEASURED.md)
-INTERVAL = (
-    0.3,
-    3.0,
-)  # guide where sigma / alpha is between these: as good as everywhere, at fewer network calls
-BATCH = (
-    16  # pictures at a time, so that any number of them fits in memory; more are no faster on a CPU
-)
-GRID = 400  # more pictures than this are not put into a grid; --save-each then goes on where it stopped
+BATCH = 16  # pictures at a time, so that any number of them fits in memory
 
 
-def batches(model, labels, first=0, seed=None, **options):
-    """Draw a picture for each of labels[first:] (None: no class), BATCH at a time: yields (B, C, S, S) in [0, 1].
+def generate_images(model, num_images=8, y=None, seed=None, x_T=None, paths=None, **options):
+    """Draw pictures in batches: -> (num_images, C, S, S) in [0, 1], on the CPU.
 
-    Picture i is drawn with seed + i. options: those of SimpleDiffusion.sample; a tensor among them that has an entry
-    for each picture is split as the pictures are.
+    y, seed, x_T and options are those of SimpleDiffusion.sample. paths: a file for each picture, to
+    which it is written instead of being returned. Files that are there are left as they are.
     """
-    for begin in progress_bar(
-        range(first, len(labels), BATCH), options.get("progress", True) and len(labels) > BATCH
-    ):
-        part = slice(begin, begin + BATCH)
-        y = None if None in labels[part] else labels[part]
-        here = {
-            name: value[part]
-            if getattr(value, "ndim", 0) == 4 and len(value) == len(labels)
-            else value
-            for name, value in options.items()
-        }
-        yield model.sample(
-            len(labels[part]), y=y, seed=None if seed is None else seed + begin, **here
-        ).cpu()
+    from torchvision.utils import save_image
+
+    if num_images < 1:
+        raise ValueError(f"at least one picture must be asked for, not {num_images}")
+    batches = []
+    for first in range(0, num_images, BATCH):
+        part = slice(first, min(first + BATCH, num_images))
+        if paths and all(path.exists() for path in paths[part]):
+            continue
+        own = {name: value[part] for name, value in dict(y=y, x_T=x_T).items() if value is not None}
+        seed_here = None if seed is None else seed + first
+        images = model.sample(part.stop - first, seed=seed_here, **own, **options).cpu()
+        if not paths:
+            batches.append(images)
+        for image, path in zip(images, paths[part] if paths else []):
+            if not path.exists():
+                save_image(image, path.with_suffix(".part.png"))
+                path.with_suffix(".part.png").replace(path)  # so that none is there by half
+    return torch.cat(batches) if batches else None
 
 
-def generate_images(model, num_images=8, labels=None, **options):
-    """Draw pictures: -> (num_images, C, S, S) in [0, 1]. labels: a class number for each; None: without a class."""
-    labels = [None] * num_images if labels is None else list(labels)
-    if num_images < 1 or len(labels) != num_images:
-        raise ValueError(f"cannot draw {num_images} images with {len(labels)} labels")
-    return torch.cat(list(batches(model, labels, **options)))
-
-
-def interpolated_noise(model, first_seed, last_seed, count=8):
-    """Starting noises on the way from that of one seed to that of another, both included: -> (count, C, S, S)."""
+def interpolated_noise(model, first_seed, last_seed, count):
+    """Starting noises on the way from that of one seed to that of another: -> (count, C, S, S)."""
     shape = (1, model.network.config["in_channels"], model.image_size, model.image_size)
-    a, b = (noise_of_seeds(shape, seed, "cpu")() for seed in (first_seed, last_seed))
-    # Along the arc (Shoemake 1985): half-way on the straight line, noise has 0.7 of the strength the network knows.
-    cosine = (a * b).sum() / (a.norm() * b.norm())
-    angle = torch.arccos(cosine.clamp(max=0.9999))  # two equal seeds are 0 apart
-    share = torch.linspace(0, 1, count)[:, None, None, None]
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    a, b = (dm.noise_of_seeds(shape, seed, "cpu")() for seed in (first_seed, last_seed))
+    # Half-way on the straight line between them, noise has 0.7 of the strength that the network
+    # knows. So we go along the arc, a quarter of a circle, as two noises are nearly orthogonal.
+    angle = torch.linspace(0, math.pi / 2, count)[:, None, None, None]
+    return angle.cos() * a + angle.sin() * b
 
 
-def parse(argv):
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def draw(args):
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {args.out} needs the ending of a kind of picture, such as .png")
+    model = dm.SimpleDiffusion.load(args.checkpoint, args.device)
+    size, names = model.image_size, model.class_names or []
+    rows = [model.label(name) for name in args.classes or names] or [None]
+    n = (1 if args.denoising and not args.interpolate else 8) if args.n is None else args.n
+    count = n * len(rows)
+    y = [label for label in rows for _ in range(n)] if names else None
+    options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance if names else 1.0)
+    options.update(progress=sys.stderr is not None and sys.stderr.isatty())
+    if args.init_image:
+        grey = model.network.config["in_channels"] == 1
+        picture = dm.open_picture(args.init_image, size).convert("L" if grey else "RGB")
+        options.update(init_image=pil_to_tensor(picture) / 127.5 - 1)
+        options.update(strength=1.0 if args.mask else 0.6)
+    if args.strength is not None:
+        options.update(strength=args.strength)
+    if args.mask:
+        mask = dm.open_picture(args.mask, size).convert("L")
+        options.update(mask=pil_to_tensor(mask) / 255)  # white is 1 and will be repainted
+    if args.interpolate:
+        noise = interpolated_noise(model, *args.interpolate, n)
+        options.update(x_T=noise.repeat(len(rows), 1, 1, 1))
+    moments = []
+    if args.denoising:
+        if count > BATCH or args.save_each or args.strength == 0:
+            raise ValueError(f"--denoising shows up to {BATCH} pictures, here {count}, in --out")
+        options.update(
+            callback=lambda i, t, x_t, x_0: moments.append(torch.stack([x_t, x_0]).cpu())
+        )
+    paths = None
+    if args.save_each:
+        args.save_each.mkdir(parents=True, exist_ok=True)
+        classes = ["_" + re.sub(r"\W+", "-", names[label]) for label in y] if names else [""] * n
+        paths = [
+            args.save_each / f"{args.seed + i:05d}{name}.png" for i, name in enumerate(classes)
+        ]
+        there = sum(path.exists() for path in paths)
+        if there:
+            dm.say(f"{there} of {count} pictures are there already and will be left as they are")
+
+    began = time.monotonic()
+    images = generate_images(model, count, y, args.seed, paths=paths, **options)
+    if args.denoising:  # ten moments of each picture, with x_t above x_0
+        moments = [moments[round(i)] for i in torch.linspace(0, len(moments) - 1, 10).tolist()]
+        images = torch.stack(moments).permute(2, 1, 0, 3, 4, 5).flatten(0, 2) / 2 + 0.5
+        n = 10
+    if not args.save_each:
+        dm.save_grid(images, args.out, columns=n)
+    seconds, where = time.monotonic() - began, model.diffusion.betas.device
+    dm.say(f"{count} pictures in {seconds:.1f} s on {where}, see {args.save_each or args.out}")
+
+
+def main(argv=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=layout, allow_abbrev=False
     )
+    parser.error = dm.refuse_options
+    weights = Path("diffusion_model.pth")
+    weights = weights if weights.exists() else Path(__file__).with_name(weights.name)
+    path = lambda name: Path(name).expanduser()
     add = parser.add_argument
-    add(
-        "-n",
-        type=int,
-        help="how many (default: 8 of each class); with --class of each, with --interpolate in a row",
-    )
-    add(
-        "--class",
-        dest="classes",
-        nargs="*",
-        metavar="NAME",
-        default=(),
-        help="a row each, or all; alone: lists them",
-    )
+    add("-n", type=int, help="pictures in a row, which is a class (default 8)")
+    add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw (default all)")
     add(
         "--guidance",
         type=float,
-        default=GUIDANCE,
-        help="weight of the class (default %(default)s; 1: as trained)",
+        default=2.5,
+        help="more is more typical of the class (default 2.5)",
     )
-    add(
-        "--sampler",
-        choices=SAMPLERS,
-        default="dpm++",
-        help="(default dpm++); ddpm is the slow original",
-    )
-    add("--steps", type=int, help="steps a picture (by default what is usual for the sampler)")
+    add("--sampler", choices=dm.DEFAULT_STEPS, default="dpm++", help="(default dpm++)")
+    add("--steps", type=int, help="steps for a picture (default 13, for ddim 50, for ddpm 1000)")
     add(
         "--seed",
         type=int,
         default=0,
-        help="of the first picture (default 0); picture i is drawn from seed + i",
+        help="of the first picture, the next has the next (default 0)",
     )
+    add("--checkpoint", default=weights, metavar="FILE", help="weights, or a folder that has them")
+    add("--out", type=path, default=Path("samples/generated.png"), help="picture to write")
+    add("--device", help="such as cpu or cuda (default the best there is)")
     add(
-        "--checkpoint",
-        type=Path,
-        default=Path("diffusion_model.pth"),
-        metavar="FILE",
-        help="(default %(default)s)",
+        "--save-each", type=path, metavar="FOLDER", help="write single files there, not one picture"
     )
-    add(
-        "--out",
-        type=picture_path,
-        default="samples/generated.png",
-        metavar="FILE",
-        help="(default %(default)s)",
-    )
-    add("--device", help="such as cpu or cuda:1 (default: the best there is)")
-    add(
-        "--save-each", type=Path, metavar="FOLDER", help="each picture in a file of its own as well"
-    )
-    add("--init-image", type=Path, metavar="FILE", help="start from this picture instead of noise")
+    add("--init-image", type=path, metavar="FILE", help="begin with this picture instead of noise")
     add(
         "--strength",
         type=float,
-        help="0..1: how much of it is redrawn (default 0.6; with --mask 1)",
+        help="how much of it to redraw, 0 to 1 (default 0.6, with --mask 1)",
     )
     add(
         "--mask",
-        type=Path,
+        type=path,
         metavar="FILE",
-        help="repaint it where this is white, keep it where this is black",
+        help="repaint it where this is white, keep it where it is black",
     )
-    add(
-        "--interpolate",
-        type=int,
-        nargs=2,
-        metavar="SEED",
-        help="from the picture of one seed to that of the other",
-    )
-    add("--denoising", action="store_true", help="the way from noise to picture, a strip and a GIF")
-    args = parser.parse_args(argv)
-    seeds = [
-        ("--seed and --interpolate", seed, 0, 2**62)
-        for seed in [args.seed, *(args.interpolate or [])]
-    ]
-    for flag, value, least, most in [
-        ("-n", args.n, 1, 10**6),
-        ("--guidance", args.guidance, 0, 1000),
-        ("--strength", args.strength, 0, 1),
-        *seeds,
-    ]:
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{flag} must be in {least}..{most}, got {value}")
-    return args
-
-
-def layout(args, names):
-    """Which pictures to draw: -> the label of each (None where there are no classes), how many stand in a row."""
-    rows = names if "all" in args.classes else args.classes
-    unknown = [name for name in args.classes if name not in [*names, "all"]]
-    if unknown or args.classes == []:
-        raise ValueError(
-            f"{' '.join(['--class', *unknown])}: the classes are {', '.join(names) or 'none'}, or all"
-        )
-    if not rows and (
-        args.interpolate or not (args.n or args.denoising)
-    ):  # neither --class nor a number: a row each
-        rows = names
-    if rows:
-        n = args.n or (
-            1 if args.denoising and not args.interpolate else max(1, min(8, GRID // len(rows)))
-        )
-        return [names.index(name) for name in rows for _ in range(n)], n
-    n = args.n or (4 if args.denoising else 8 if args.interpolate else 16)
-    columns = (
-        len(names) if 5 <= len(names) <= 16 and n % len(names) == 0 else math.ceil(math.sqrt(n))
-    )
-    return [i % len(names) if names else None for i in range(n)], n if args.interpolate else columns
-
-
-def draw(args):
-    tune_torch()
-    if not args.checkpoint.is_file():
-        raise ValueError(
-            f"{args.checkpoint}: no such file; give --checkpoint, or train: python diffusion_model.py"
-        )
-    model = SimpleDiffusion.load(args.checkpoint, args.device)
-    names = [str(name) for name in model.class_names or range(model.network.num_classes or 0)]
-    labels, columns = layout(args, names)
-    count, size = len(labels), model.image_size
-    images, moments = [], []
-    options = dict(
-        sampler=args.sampler,
-        steps=args.steps,
-        progress=sys.stderr.isatty(),
-        guidance=args.guidance if names else 1.0,
-        guidance_interval=INTERVAL,
-    )
-    if args.init_image:
-        picture = read_picture(args.init_image, size, model.network.config["in_channels"])
-        options["init_image"] = from_uint8(picture).expand(count, -1, -1, -1)
-        options["strength"] = (
-            args.strength if args.strength is not None else 1.0 if args.mask else 0.6
-        )
-    if args.mask:
-        options["mask"] = (
-            read_picture(args.mask, size).float().mean(dim=0) > 127.5
-        ).float()  # 1: nearer to white
-    if args.interpolate:
-        options["x_T"] = interpolated_noise(model, *args.interpolate, columns).repeat(
-            count // columns, 1, 1, 1
-        )
-    if args.denoising:
-        options["callback"] = lambda i, t, *pair: moments.append(
-            to_uint8((torch.stack(pair) + 1) / 2).cpu()
-        )
-        if count > BATCH or args.out.suffix.lower() == ".gif":
-            raise ValueError(
-                f"--denoising: at most {BATCH} pictures (-n, --class), here {count}; --out is the strip, "
-                f"here {args.out}, and the GIF goes beside it"
-            )
-    single = SingleFiles(
-        args.save_each, [names[label] if names else None for label in labels], keep=count > GRID
-    )
-    started = time.monotonic()
-    for batch in batches(model, labels, single.first, args.seed, **options):
-        single.save(batch)
-        if count <= GRID:
-            images.extend(batch)
-    if args.denoising:
-        save_denoising(moments + [to_uint8(torch.stack([batch, batch]))], args.out)
-    elif images:  # enlarged: a picture to at most 128 pixels, a row to about 800
-        save_grid(
-            torch.stack(images), args.out, columns, scale=max(1, min(128, 800 // columns) // size)
-        )
-    print(f"{args.checkpoint}: {size}x{size} pixels, {', '.join(names) or 'no classes'}")
-    steps = len(model.diffusion.timesteps(args.sampler, args.steps))
-    print(
-        f"{count - single.first} pictures in {time.monotonic() - started:.1f} s on {model.diffusion.betas.device}: "
-        f"{args.sampler}, {'up to ' if args.init_image else ''}{steps} steps, guidance {options['guidance']:g}"
-    )
-    gif = args.out.with_suffix(".gif") if args.denoising else None
-    print(
-        "wrote",
-        *(path.resolve() for path in (args.out if images else None, gif, args.save_each) if path),
-    )
-
-
-def main(argv=None):
-    with ends_in_one_line():
-        draw(parse(argv))
+    add("--interpolate", type=int, nargs=2, metavar="SEED", help="a row from one seed to another")
+    add("--denoising", action="store_true", help="ten moments on the way from noise to a picture")
+    with dm.errors_in_one_line():
+        draw(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import diffusion_model as dm  # noqa: E402
+
 TINY = dict(
     hidden_channels=8,
     channel_mults=(1, 2),
@@ -21,25 +24,17 @@ TINY = dict(
     num_heads=2,
     time_dim=16,
 )
-INFO = {
-    "architecture",
-    "parameters",
-    "dataset",
-    "images_seen",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "learning_rate",
-    "prediction",
-    "schedule",
-    "n_steps",
-    "final_loss",
-    "training_minutes",
-    "device",
-    "torch",
-    "date",
-    "license",
-}
+TINY_RUN = dict(  # a run of a second: 24 shapes of 8x8 pixels, three steps an epoch
+    data="shapes",
+    image_size=8,
+    limit=24,
+    batch_size=8,
+    epochs=2,
+    hidden_channels=8,
+    channel_mults=(1, 2),
+    num_res_blocks=(1,),
+    n_steps=20,
+)
 
 
 def pytest_configure(config):
@@ -49,7 +44,7 @@ def pytest_configure(config):
 
 
 def perturb(module, seed=0):
-    """Add 0.02 * randn to every parameter: layers that start at zero would hide what lies before them."""
+    """Add 0.02 * randn to every parameter. Layers that start at zero would hide those before them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -57,30 +52,26 @@ def perturb(module, seed=0):
     return module
 
 
-def new_run(**options):
-    """The TrainingRun that train(TrainConfig(**options)) makes, at its very beginning."""
-    import diffusion_model as dm
-    import support
-
-    config = dm.TrainConfig(**options)
-    data = dm.load_images(config.data, config.image_size, config.limit)
-    return dm.TrainingRun(config, *data, support.Processes(dm.pick_device(config.device)))
+def flags(**options):
+    """The options of a run as the words of a command line."""
+    words = []
+    for name, value in options.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if isinstance(value, (list, tuple)) else [value])
+    return words
 
 
 def run(script, *args, cwd, timeout=240, **env):
-    """Run `python SCRIPT ARGS` of this repository in the folder `cwd`: -> CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, args)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        env={**os.environ, **env},
-    )
+    """Run `python SCRIPT ARGS` of this repository in the folder `cwd`: -> CompletedProcess."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    env = {**os.environ, **env}
+    options = dict(cwd=cwd, text=True, capture_output=True, timeout=timeout, env=env)
+    return subprocess.run(command, **options)
 
 
 def assert_error(process, *words):
-    """The run ended as a user's mistake must: exit code 2, one line that begins with error: and holds all `words`."""
+    """The run ended as a user's mistake must: exit code 2, and one line that holds all `words`."""
     assert process.returncode == 2, process.stdout + process.stderr
     lines = process.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
@@ -95,27 +86,15 @@ def error_of(main, capsys, *args):
         main(list(map(str, args)))
     except SystemExit as stopped:
         lines = capsys.readouterr().err.strip().splitlines()
-        assert stopped.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
-            stopped.code,
-            lines,
-        )
-        assert len(lines[0]) < 2000
+        assert stopped.code == 2 and len(lines) == 1, (stopped.code, lines)
+        assert lines[0].startswith("error: ") and len(lines[0]) < 2000, lines
         return lines[0]
-
-
-def peak_memory():
-    """The most memory that this process has held, in bytes."""
-    import resource  # Windows has none; test_device.py, which is for it too, needs none
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
 
 
 def state(folder="."):
     """All of a training_state.pth that must not depend on how often the run was stopped."""
     saved = torch.load(Path(folder) / "training_state.pth", weights_only=True)
-    del saved["seconds"], saved["config"]["out"]
+    del saved["seconds"], saved["run"]["out"]
     return saved
 
 
@@ -131,42 +110,37 @@ def same(a, b):
 def spy(set_attribute, owner, name, note):
     """Have note(*arguments) called before each call of owner.name."""
     function = getattr(owner, name)
-    set_attribute(
-        owner, name, lambda *args, **options: (note(*args), function(*args, **options))[1]
-    )
+
+    def noted(*args, **options):
+        note(*args)
+        return function(*args, **options)
+
+    set_attribute(owner, name, noted)
 
 
 @contextlib.contextmanager
-def stopped_in_step(number, monkeypatch):
-    """In this block a run gets SIGTERM in the step of this number, from 1, after its start."""
-    import diffusion_model
-
+def stopped_in_step(number, monkeypatch, signal_number=signal.SIGTERM):
+    """In this block a run gets a signal in the step of this number, counted from 1 at its start."""
     steps = itertools.count(1)
     with monkeypatch.context() as patch:
         spy(
             patch.setattr,
-            diffusion_model.TrainingRun,
-            "train_step",
-            lambda run: next(steps) == number and os.kill(os.getpid(), signal.SIGTERM),
+            dm,
+            "learning_rate",  # is asked for once a step and group
+            lambda *_: next(steps) == 2 * number and os.kill(os.getpid(), signal_number),
         )
         yield
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working folder. The two plots take longer than a run, so they are left out."""
-    import support
-
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
-    for plot in ("plot_noising", "plot_losses"):
-        monkeypatch.setattr(support, plot, lambda *_: None)
     return tmp_path
 
 
 @pytest.fixture
 def tiny_model():
     """A conditional SimpleDiffusion for 8x8 images in three classes, its weights perturbed."""
-    import diffusion_model
-
     torch.manual_seed(0)
-    return perturb(diffusion_model.SimpleDiffusion(8, class_names=["a", "b", "c"], **TINY)).eval()
+    return perturb(dm.SimpleDiffusion(8, class_names=["a", "b", "c"], **TINY)).eval()
