@@ -36,7 +36,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import uuid
 import warnings
@@ -70,8 +69,7 @@ def time_embedding(t, width):
 
 def group_norm(channels):
     """GroupNorm with up to 32 groups of 16 channels or more (smaller groups are slow on a CPU)."""
-    most = max(1, min(32, channels // 16))
-    return nn.GroupNorm(max(n for n in range(1, most + 1) if channels % n == 0), channels)
+    return nn.GroupNorm(math.gcd(channels, max(1, min(32, channels // 16))), channels)
 
 
 def zero_init(layer):
@@ -250,9 +248,10 @@ class SimpleUNet(nn.Module):
 # Sampling begins with pure noise. In each step the network says which noise it sees in x_t, and
 # what is left without it is an estimate of x_0. This estimate is mixed with the noise again, but
 # with a little less of it, and that is the next x_t. The first estimate alone would not do. The
-# loss is a squared error, which is smallest for the mean of all images that may be behind x_t, and
-# in pure noise that may be any image, so the mean is a blur. But a small step towards it rules some
-# of them out. The next estimate is the mean of fewer images, and sharper.
+# error of x_0 is that of the noise times sigma / alpha, so the squared error is smallest if the
+# estimate is the mean of all images that may be behind x_t. Behind pure noise may be any image, and
+# the mean of all images is a blur. But a small step towards it rules some of them out. The next
+# estimate is the mean of fewer images, and sharper.
 #
 # Instead of the noise the network may predict v = alpha * noise - sigma * x_0 (Salimans and Ho
 # 2022), which is the default of SimpleDiffusion. To get x_0 from the noise one divides by alpha,
@@ -281,13 +280,18 @@ class SimpleUNet(nn.Module):
 # for the clean image (alpha 1, sigma 0).
 
 
+# For tensors that must not depend on torch's default type and device. On the CPU, because MPS has
+# no float64, and because random numbers differ between devices.
+EXACT = dict(dtype=torch.float64, device="cpu")
+PLAIN = dict(dtype=torch.float32, device="cpu")
+
+
 def make_betas(schedule, n_steps, beta_start=1e-4, beta_end=0.02):
     """beta in x_t = sqrt(1 - beta) * x_{t-1} + sqrt(beta) * noise (eq. 2): (n_steps,) float64."""
-    exact = dict(dtype=torch.float64, device="cpu")
     if schedule == "linear":  # Ho et al.'s for 1000 steps, scaled to end in noise after any number
-        betas = torch.linspace(beta_start, beta_end, n_steps, **exact) * (1000 / n_steps)
+        betas = torch.linspace(beta_start, beta_end, n_steps, **EXACT) * (1000 / n_steps)
     elif schedule == "cosine":  # Nichol and Dhariwal 2021, eq. 17
-        u = torch.linspace(0, 1, n_steps + 1, **exact)  # the paper's t / T, and its s is 0.008
+        u = torch.linspace(0, 1, n_steps + 1, **EXACT)  # the paper's t / T, and its s is 0.008
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # f / f[0] is the product of 1 - beta
         betas = 1 - f[1:] / f[:-1]
     else:
@@ -340,7 +344,7 @@ class DiffusionModel(nn.Module):
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if not 1e-30 < alphas_cumprod[-1] < 0.01:
             end = f"alphas_cumprod ends at {alphas_cumprod[-1]:.2g}"
-            warnings.warn(f"x_T should be almost pure noise, but {end}", stacklevel=2)
+            warnings.warn(f"{end}, which should be within 1e-30..0.01", stacklevel=2)
         tables = dict(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
@@ -387,18 +391,20 @@ class DiffusionModel(nn.Module):
         the noise, like x_start, are drawn if they are not given. Raises a ValueError if x_start
         has another number of dimensions or the network returns another shape.
         """
-        if self.unseen and not torch.compiler.is_compiling():
-            self.unseen = False  # looked at only once, because a GPU has to be waited for
-            if (largest := x_start.abs().max().item()) > 1.5:
-                warnings.warn(f"images must be in [-1, 1], these reach {largest:.4g}", stacklevel=2)
+        self.look_once(x_start)
         t = self.draw_timesteps(len(x_start)) if t is None else t  # Algorithm 1, line 3
         noise = torch.randn_like(x_start) if noise is None else noise  # line 4
         x_t = self.q_sample(x_start, t, noise)  # line 5, what the network sees
         alpha, sigma = self.alpha_sigma(t)
         target = alpha * noise - sigma * x_start if self.config["prediction"] == "v" else noise
-        return F.mse_loss(
-            self.predict(x_t, t, y), target
-        )  # line 5, whose gradient backward() takes
+        return F.mse_loss(self.predict(x_t, t, y), target)  # line 5; backward() follows
+
+    def look_once(self, x_start):
+        """Warn if the first images are far outside [-1, 1]. Only those, as it makes a GPU wait."""
+        if self.unseen and not torch.compiler.is_compiling():
+            self.unseen = False
+            if (largest := x_start.abs().max().item()) > 1.5:
+                warnings.warn(f"images must be in [-1, 1], these reach {largest:.4g}", stacklevel=3)
 
     def draw_timesteps(self, count):
         """The timesteps of a batch: (count,) int64."""
@@ -418,20 +424,22 @@ class DiffusionModel(nn.Module):
         image, and little can be seen there. Karras et al. 2022 (table 1) train on a normal
         distribution instead, of deviation 1.2. Of the means that were tried, -0.8 was the best.
         """
-        wanted = -0.8 + 1.2 * math.sqrt(2) * torch.erfinv(
-            2 * u - 1
-        )  # the normal's quantile function
+        normal = math.sqrt(2) * torch.erfinv(2 * u - 1)  # its quantile function
         levels = (self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod).float().log()
-        return torch.searchsorted((levels[1:] + levels[:-1]) / 2, wanted)  # the nearest timesteps
+        return torch.searchsorted(
+            (levels[1:] + levels[:-1]) / 2, 1.2 * normal - 0.8
+        )  # the nearest t
 
     # ---- Sampling: Algorithm 2, then the faster samplers that grew out of it
 
     @torch.no_grad()
     def algorithm_2(self, x_T, y=None):
-        """Algorithm 2, line by line: noise x_T (N, C, H, W) -> images x_0 in [-1, 1].
+        """Algorithm 2: noise x_T (N, C, H, W) -> images x_0 in [-1, 1]. Call eval() first.
 
-        `sample` gives the same with sampler="ddpm", and more comfort. This is here to be read, and
-        to be copied: change the timesteps, eta, or x_0 itself, and you have a sampler of your own.
+        Line 4 goes by way of x_0. `step` with eta=1 draws from the posterior (eq. 7), whose mean is
+        that of line 4 (eq. 11) if x_0 is put in, and only the clipping of x_0 is added. `sample`
+        takes the same steps with sampler="ddpm". This is here to be read, and to be copied: change
+        the timesteps, eta, or x_0 itself, and you have a sampler of your own.
         """
         x_t = x_T  # line 1
         for t in reversed(range(self.n_steps)):  # line 2
@@ -490,16 +498,14 @@ class DiffusionModel(nn.Module):
             steps = min(DEFAULT_STEPS[sampler] or self.n_steps, self.n_steps)
         if not 1 <= steps <= self.n_steps:
             raise ValueError(f"steps must be in 1..{self.n_steps} (n_steps), got {steps}")
-        exact = dict(dtype=torch.float64, device="cpu")
         if sampler != "dpm++":
-            return torch.linspace(self.n_steps - 1, 0, steps, **exact).round().int().tolist()
+            return torch.linspace(self.n_steps - 1, 0, steps, **EXACT).round().int().tolist()
         # Evenly spaced in lambda. The noisiest timesteps of the cosine schedule show nothing of the
         # image, so there we begin at -5.1, as Lu et al.'s code does.
-        lambdas = torch.tensor(self.lambdas, **exact)
-        first = (
-            lambdas[-1] if self.config["schedule"] == "linear" else lambdas[lambdas > -5.1].min()
-        )
-        wanted = torch.linspace(first.item(), lambdas[0].item(), steps, **exact)
+        lambdas = torch.tensor(self.lambdas, **EXACT)
+        cosine = self.config["schedule"] == "cosine"
+        first = lambdas[lambdas > -5.1].min() if cosine else lambdas[-1]
+        wanted = torch.linspace(first.item(), lambdas[0].item(), steps, **EXACT)
         return sorted({(lambdas - value).abs().argmin().item() for value in wanted}, reverse=True)
 
     def sample(
@@ -538,10 +544,11 @@ class DiffusionModel(nn.Module):
         device = self.betas.device
         timesteps = self.timesteps(sampler, steps)
         num_classes = getattr(self.model, "num_classes", None)
-        if y is not None:
-            y = fitting("labels y", y, shape[:1], 0, num_classes or math.inf, torch.int64).to(
-                device
-            )
+        highest = num_classes or math.inf
+        y = fitting("labels y", y, shape[:1], 0, highest, device, torch.int64)
+        init_image = fitting("init_image", init_image, shape, -1.001, 1.001, device)
+        mask = fitting("mask", mask, shape, 0, 1, device)
+        x_T = fitting("x_T", x_T, shape, -100, 100, device)
         if guidance != 1 and (y is None or num_classes is None or not math.isfinite(guidance)):
             raise ValueError(f"guidance {guidance} needs labels y and a network with num_classes")
         if init_image is None and (strength != 1 or mask is not None):
@@ -549,17 +556,13 @@ class DiffusionModel(nn.Module):
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength} is not in 0..1")
         draw_noise = noise_of_seeds(shape, seed, device)
-        x_t = draw_noise()  # drawn even if x_T is given, so that later noise differs from x_T
-        if x_T is not None:
-            x_t = fitting("x_T", x_T, shape, -100, 100).to(device)
-        if init_image is not None:
-            init_image = fitting("init_image", init_image, shape, -1.001, 1.001).to(device)
-        if mask is not None:
-            mask = fitting("mask", mask, shape, 0, 1).to(device)
+        noise = draw_noise()  # drawn even if x_T is given, so that later noise differs from x_T
+        x_t = noise if x_T is None else x_T
         if strength == 0:
             return init_image.clone()
         if strength < 1:
             start = min(int(round(strength * self.n_steps, 6)), self.n_steps - 1)
+            # It takes the place of the first timestep that is left, so that no step is tiny.
             timesteps = [start, *[t for t in timesteps if t <= start][1:]]
             x_t = self.q_sample(init_image, start, x_t)
 
@@ -594,14 +597,15 @@ def noise_of_seeds(shape, seed, device):
     """A function that draws noise (N, C, H, W), image i of it from seed + i on every device."""
     seed = torch.Generator().seed() % 2**31 if seed is None else operator.index(seed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
-    kind = dict(dtype=torch.float32, device="cpu")
     return lambda: torch.stack(
-        [torch.randn(shape[1:], generator=each, **kind) for each in generators]
+        [torch.randn(shape[1:], generator=each, **PLAIN) for each in generators]
     ).to(device)
 
 
-def fitting(name, value, shape, low, high, dtype=torch.float32):
-    """`value` as a tensor that is broadcast to `shape`. ValueError if it does not fit."""
+def fitting(name, value, shape, low, high, device, dtype=torch.float32):
+    """`value` as a tensor broadcast to `shape`, and None as None. ValueError if it does not fit."""
+    if value is None:
+        return None
     value = torch.as_tensor(value, device="cpu").double()
     try:
         fitted = value.to(dtype).broadcast_to(shape)
@@ -611,7 +615,7 @@ def fitting(name, value, shape, low, high, dtype=torch.float32):
     if not fits or ((value < low) | (value > high)).any():
         got = f"{tuple(value.shape)}, {brief(value)}"
         raise ValueError(f"{name} must be {tuple(shape)} in {low}..{high}, got {got}")
-    return fitted
+    return fitted.to(device)
 
 
 @contextlib.contextmanager
@@ -641,21 +645,14 @@ def progress_bar(steps, show):
 
 def pick_device(name=None):
     """MPS, then CUDA, then CPU, whichever works. With a name that device, or a ValueError."""
-    best = (
-        "mps"
-        if torch.backends.mps.is_available()
-        else "cuda"
-        if torch.cuda.is_available()
-        else "cpu"
-    )
+    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    best = "mps" if mps else "cuda" if cuda else "cpu"
     try:  # Torch accepts names of devices that are not there, and sees GPUs that it cannot use.
         torch.ones(1, device=name or best).add(1).tolist()
         return torch.device(name or best)
     except (RuntimeError, AssertionError) as error:
         if name is not None:
-            raise ValueError(
-                f"device {name} does not work, name another: {brief(error)}"
-            ) from error
+            raise ValueError(f"device {name} does not work: {brief(error)}") from error
         say(f"{best} does not work, so the CPU is used: {brief(error)}")
         return torch.device("cpu")
 
@@ -692,7 +689,7 @@ def brief(error):
 
 def say(line, bar=None):
     """Print a line, above the bar if there is one. Of several processes only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ["RANK"] == "0":
         try:
             if bar is not None:
                 bar.clear()
@@ -709,9 +706,8 @@ def write(contents, path):
     else:
         torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f"{path.name}.{uuid.uuid4().hex}.tmp"
-    )  # another process may write too
+    # A name of its own, as another process may write to the same path.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -786,8 +782,9 @@ class SimpleDiffusion(nn.Module):
     def sample(self, batch_size=4, y=None, **options):
         """Draw images (batch_size, C, S, S) in [0, 1].
 
-        y: labels, or names of classes. options: DiffusionModel.sample's, where images are in
-        [-1, 1]. Raises a ValueError if they do not fit.
+        y: labels, or names of classes. options: those of DiffusionModel.sample. There init_image
+        and what callback sees are in [-1, 1], so an image of this method goes back in as
+        init_image=2 * image - 1. Raises a ValueError if they do not fit.
         """
         if isinstance(y, (str, list, tuple)):
             y = [y] if isinstance(y, str) else y
@@ -953,11 +950,11 @@ SHAPES = ["circle", "diamond", "ring", "square", "triangle"]
 
 def draw_shapes(image_size, count, seed=0):
     """Coloured shapes that follow from seed: -> images (count, 3, S, S), labels, class names."""
-    generator, kind = torch.Generator().manual_seed(seed), dict(dtype=torch.float32, device="cpu")
-    random = torch.rand(10, count, 1, 1, generator=generator, **kind)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.rand(10, count, 1, 1, generator=generator, **PLAIN)
     labels = (random[0].flatten() * len(SHAPES)).long()
     size = 0.55 + 0.25 * random[1]
-    axis = torch.linspace(-1, 1, image_size, **kind)
+    axis = torch.linspace(-1, 1, image_size, **PLAIN)
     x = (axis - random[2] + 0.5) / size  # (count, 1, S), from -1 to 1 inside of a shape
     y = (axis[:, None] - random[3] + 0.5) / size
     radius, a, b = torch.hypot(x, y), x.abs(), y.abs()
@@ -1000,7 +997,7 @@ class TrainConfig:
     epochs: int = 100  # passes over the data
     images: int = None  # instead of epochs, how many images to train on, counting repeats
     batch_size: int = 64  # images in a training step, over all processes
-    lr: float = 3e-3  # the highest learning rate, after the warm-up and before the decay to 0
+    lr: float = 3e-3  # the highest learning rate (Muon's, and AdamW's is 0.4 of it)
     hidden_channels: int = 64  # channels of the first level
     channel_mults: tuple = (1, 2, 2)  # channels of each level, as multiples of the first's
     num_res_blocks: tuple = (2,)  # residual blocks in a level, one number or one for each level
@@ -1049,8 +1046,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal (Jordan et al. 2024), for kernels and matrices.
 
     In an orthogonal update no direction outweighs the others, and the network learns in fewer
-    steps. A kernel (out, in, k, k) counts as a matrix (out, in * k * k). An update is about as
-    large as one of AdamW's, so that both can share a learning rate.
+    steps. A kernel (out, in, k, k) counts as a matrix (out, in * k * k). The factor 0.2 *
+    sqrt(max(shape)) makes an update about as large as one of AdamW's.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.1):
@@ -1100,6 +1097,7 @@ def make_optimizers(network, lr):
     layers = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
     maps = [layer.weight for layer in layers if layer not in (first, last)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]
+    # AdamW keeps the rate that it had when it trained everything, 0.4 of Muon's.
     adamw = torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return [Muon(maps, lr), adamw]
 
@@ -1160,11 +1158,14 @@ def train(config, data=None):
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     tune_torch()
 
-    # The data, as one uint8 tensor. The first process reads it first, in case it is downloaded.
+    # The data, as one uint8 tensor. It may have to be downloaded, so the first process reads it
+    # while the others wait, as `largest` returns only when all have called it.
     out = Path(config.out).expanduser().resolve()
     if data is not None:
         config = replace(config, data="tensors")
-    elif (out / "samples").is_relative_to(Path(config.data).expanduser().resolve()):
+    elif (out / "samples").is_relative_to(Path(config.data).expanduser().resolve()) and (
+        config.data not in ("cifar10", "shapes")
+    ):
         raise ValueError(f"--out {out} would put its samples among the pictures of --data")
     if rank > 0:
         largest(0)
@@ -1197,9 +1198,8 @@ def train(config, data=None):
         model = new_model(config, images, class_names)
         run = {**asdict(config), **fingerprint(images, labels, model.class_names)}
         images = images.expand(-1, model.network.config["in_channels"], -1, -1).to(device)
-        if labels is not None:
-            last = len(class_names) - 1
-            labels = fitting("labels", labels, images.shape[:1], 0, last, torch.int64).to(device)
+        last = len(class_names or []) - 1
+        labels = fitting("labels", labels, images.shape[:1], 0, last, device, torch.int64)
         model.to(device, memory_format=memory_format(device))
         ema = copy.deepcopy(model).eval()
         optimizers = make_optimizers(model.network, config.lr)
@@ -1258,10 +1258,8 @@ def train(config, data=None):
             loss_of = nn.parallel.DistributedDataParallel(loss_of)
         if rank == 0 and not resumed:
             keep_old_checkpoint(out / "diffusion_model.pth")
-            first = torch.arange(min(64, len(images)), device=device)
-            x, _ = training_batch(images, None, first, None, not config.no_flip)
-            save_grid((x + 1) / 2, out / "samples/data.png", columns=8)
-        if config.tensorboard:
+            save_grid(images[:64] / 255, out / "samples/data.png", columns=8)
+        if config.tensorboard and rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
@@ -1285,7 +1283,7 @@ def train(config, data=None):
             null = model.network.num_classes
             x, y = training_batch(images, labels, index, null, flip=not config.no_flip)
             with autocast(device):
-                loss = loss_of(x, y)  # lines 3 to 5: DiffusionModel.forward
+                loss = loss_of(x, y)  # lines 3 to 5, which are in DiffusionModel.forward
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # bad batches do little harm
             for group, peak in zip(groups, peaks):
@@ -1301,9 +1299,9 @@ def train(config, data=None):
             seconds = time.monotonic() - began
             epoch_done, run_done = step % steps_per_epoch == 0, step == total_steps
             stop = largest(received[0] if received else 0)
-            # Save every five minutes and after epochs, but after very short ones not each time.
-            at_stake = min(20, seconds / 10) if epoch_done else 300
-            saving = stop or run_done or seconds - saved_at > at_stake
+            # Save after an epoch, if the last time was not just now, and every five minutes in one.
+            patience = min(20, seconds / 10) if epoch_done else 300
+            saving = stop or run_done or seconds - saved_at > patience
             if epoch_done or saving or seconds - shown_at > 1:
                 losses += torch.stack(pending).tolist()
                 pending.clear()
@@ -1325,9 +1323,15 @@ def train(config, data=None):
             if saving:
                 saved_at = seconds
                 if rank == 0:
-                    state = dict(run=run, step=step, seconds=seconds, losses=losses)
-                    state.update(model=model.network.state_dict(), ema=ema.network.state_dict())
-                    state.update(optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                    state = dict(
+                        run=run,
+                        step=step,
+                        seconds=seconds,
+                        losses=losses,
+                        model=model.network.state_dict(),
+                        ema=ema.network.state_dict(),
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                    )
                     write(state, state_path)
 
             # Say how it goes: a line for each epoch, but with --images for each of twenty parts.
@@ -1395,16 +1399,17 @@ def refuse_another_run(path, state, run):
 
 def fingerprint(images, labels, classes):
     """By which a run knows that it goes on with the same data."""
-    checksum = hashlib.sha256(images.contiguous().numpy())
+    checksum = hashlib.sha256(images.cpu().contiguous().numpy())
     checksum.update(str(None if labels is None else labels.tolist()).encode())
     return dict(number_of_images=len(images), classes=classes, checksum=checksum.hexdigest())
 
 
 def mixed_seed(seed, number):
     """A seed of 32 bits, which is all that torch's generators use, for a step of a run."""
-    # Seeds begin far apart in the 2**32, at multiples of 2**32 / golden ratio. So two runs share no
-    # step's seed within 190,000 steps, if their own differ by less than 10,000. Numbers from 0 are
-    # those of steps, and negative ones those of the orders of epochs.
+    # The 2**32 seeds form a circle. A run starts at seed * 2**32 / golden ratio, goes up by one for
+    # each step and process, and down by one for each epoch's order. Its first weights take the
+    # opposite point. Runs whose seeds differ by less than 10,000 start more than 190,000 apart, so
+    # shorter ones never meet.
     return (seed * 2654435769 + number) % 2**32
 
 
@@ -1427,10 +1432,11 @@ def stop_signals():
             raise KeyboardInterrupt
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    # Those that are ignored stay so, as SIGHUP under nohup. Only the main thread may set handlers.
-    numbers = {number for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, receive) for number in numbers if main_thread}
+    before = {}
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
@@ -1453,9 +1459,12 @@ def tune_torch():
 
 def keep_old_checkpoint(path):
     """Copy the weights of an earlier run to diffusion_model.pth.bak, or to .bak2, .bak3, ..."""
-    names = (f"{path}.bak{number}".removesuffix("1") for number in range(1, 10**6))
+    backup, number = Path(f"{path}.bak"), 1
+    while backup.exists():
+        number += 1
+        backup = Path(f"{path}.bak{number}")
     if path.exists():
-        shutil.copyfile(path, next(name for name in names if not os.path.exists(name)))
+        shutil.copyfile(path, backup)
 
 
 def export(ema, out, seed, curve, info):
@@ -1484,7 +1493,7 @@ def errors_in_one_line():
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))  # the shells' convention
     except Exception as error:
         kinds = (ValueError, OSError, FloatingPointError, ImportError, MemoryError)
-        causes = ("memory", "compiler")  # too little of the one, or none of the other
+        causes = ("out of memory", "enough memory", "allocate", "compiler")
         if not isinstance(error, kinds) and not any(cause in str(error) for cause in causes):
             raise  # a bug, which has to show where it is
         missing = " (pip install -r requirements.txt)" if isinstance(error, ImportError) else ""

@@ -19,6 +19,7 @@ From the command line, into samples/generated.png:
 
 import argparse
 import math
+import os
 import re
 import sys
 import time
@@ -53,8 +54,9 @@ def generate_images(model, num_images=8, y=None, seed=None, x_T=None, paths=None
             batches.append(images)
         for image, path in zip(images, paths[part] if paths else []):
             if not path.exists():
-                save_image(image, path.with_suffix(".part.png"))
-                path.with_suffix(".part.png").replace(path)  # so that none is there by half
+                half = path.with_suffix(f".{os.getpid()}.png")
+                save_image(image, half)
+                half.replace(path)
     return torch.cat(batches) if batches else None
 
 
