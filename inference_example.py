@@ -137,13 +137,13 @@ def main(argv=None):
     weights = weights if weights.exists() else Path(__file__).with_name(weights.name)
     path = lambda name: Path(name).expanduser()
     add = parser.add_argument
-    add("-n", type=int, help="pictures in a row, which is a class (default 8)")
+    add("-n", type=int, help="pictures of each class, a row (default 8)")
     add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw (default all)")
     add(
         "--guidance",
         type=float,
         default=2.5,
-        help="more is more typical of the class (default 2.5)",
+        help="how typical of its class a picture is (default 2.5, as trained 1)",
     )
     add("--sampler", choices=dm.DEFAULT_STEPS, default="dpm++", help="(default dpm++)")
     add("--steps", type=int, help="steps for a picture (default 13, for ddim 50, for ddpm 1000)")
@@ -151,7 +151,7 @@ def main(argv=None):
         "--seed",
         type=int,
         default=0,
-        help="of the first picture, the next has the next (default 0)",
+        help="seed of the first picture, and the next has the next (default 0)",
     )
     add("--checkpoint", default=weights, metavar="FILE", help="weights, or a folder that has them")
     add("--out", type=path, default=Path("samples/generated.png"), help="picture to write")
