@@ -343,8 +343,8 @@ class DiffusionModel(nn.Module):
         betas = make_betas(schedule, n_steps, beta_start, beta_end)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if not 1e-30 < alphas_cumprod[-1] < 0.01:
-            end = f"alphas_cumprod ends at {alphas_cumprod[-1]:.2g}"
-            warnings.warn(f"{end}, which should be within 1e-30..0.01", stacklevel=2)
+            end = f"alphas_cumprod ends at {alphas_cumprod[-1]:.2g}, not within 1e-30..0.01"
+            warnings.warn(f"x_T is not noise with a trace of the image: {end}", stacklevel=2)
         tables = dict(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
