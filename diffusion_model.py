@@ -1271,9 +1271,9 @@ def train(config, data=None):
         began = time.monotonic() - seconds  # as if there had been no break
         saved_at = shown_at = seconds
         while step < total_steps:
-            # One pass of Algorithm 1. All its random numbers follow from the seed and the number of
-            # the step. So a run can stop anywhere and go on as if it had not (on a CPU to the bit),
-            # and no random state has to be saved.
+            # ---- A training step, one pass of Algorithm 1. Its random numbers follow from the seed
+            # and the number of the step. So a run can stop anywhere and go on as if it had not (on
+            # a CPU to the bit), and no random state has to be saved.
             epoch, i = divmod(step, steps_per_epoch)
             if order is None or i == 0:
                 generator = torch.Generator().manual_seed(mixed_seed(config.seed, -1 - epoch))
@@ -1295,7 +1295,8 @@ def train(config, data=None):
             update_ema(ema, model, step)
             pending.append(loss.detach() + 0 * norm)  # not finite if the gradient is not
 
-            # Fetch the losses once a second. Doing so in every step would make a GPU wait.
+            # ---- What is shown, exported and saved after it. The losses are fetched once a second,
+            # as doing so in every step would make a GPU wait.
             seconds = time.monotonic() - began
             epoch_done, run_done = step % steps_per_epoch == 0, step == total_steps
             stop = largest(received[0] if received else 0)
