@@ -596,6 +596,8 @@ DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++": 13}  # None means all n_step
 def noise_of_seeds(shape, seed, device):
     """A function that draws noise (N, C, H, W), image i of it from seed + i on every device."""
     seed = torch.Generator().seed() % 2**31 if seed is None else operator.index(seed)
+    if not 0 <= seed < 2**62:
+        raise ValueError(f"seed must be in 0..2**62, got {seed}")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(shape[0])]
     return lambda: torch.stack(
         [torch.randn(shape[1:], generator=each, **PLAIN) for each in generators]

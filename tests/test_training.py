@@ -517,8 +517,9 @@ def test_compile_without_a_compiler(tmp_path):
     command = [sys.executable, str(ROOT / "diffusion_model.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert "compile" in lines[0] and not (tmp_path / "training_state.pth").exists()
+    assert done.returncode == 2 and len(lines) <= 3, done.stderr  # torch 2.8 logs two lines itself
+    assert lines[-1].startswith("error: ") and "compile" in lines[-1], done.stderr
+    assert not (tmp_path / "training_state.pth").exists()
 
 
 @pytest.mark.skipif(what_is_missing() is not None, reason="this torch cannot pretend a device")
@@ -839,7 +840,8 @@ def test_two_processes_are_one(tmp_path, monkeypatch):
     assert state(tmp_path)["step"] == 4
     assert two_processes(tmp_path, **options) == [0, 0], (tmp_path / "err0").read_text()
     assert "going on after step 4" in (tmp_path / "out0").read_text()
-    assert (tmp_path / "out1").read_text() == ""  # only the first says anything
+    said = (tmp_path / "out1").read_text().splitlines()
+    assert all(line.startswith("[Gloo]") for line in said)  # only the first says anything
     without_chance(monkeypatch)
     options.pop("plain")
     train(out=tmp_path / "alone", **options)
