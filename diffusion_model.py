@@ -1160,9 +1160,19 @@ def train(config, data=None):
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     tune_torch()
 
+    # The state of a stopped run, if there is one.
+    out = Path(config.out).expanduser().resolve()
+    state_path = out / "training_state.pth"
+    resumed = state_path.exists() and not config.restart
+    if resumed:
+        state = read(state_path)
+        if not isinstance(state, dict) or "run" not in state:
+            advice = "--restart begins again"
+            raise ValueError(f"{state_path} is no training state of this version: {advice}")
+        say(f"going on after step {state['step']:,} (--restart begins again)")
+
     # The data, as one uint8 tensor. It may have to be downloaded, so the first process reads it
     # while the others wait, as `largest` returns only when all have called it.
-    out = Path(config.out).expanduser().resolve()
     if data is not None:
         config = replace(config, data="tensors")
     elif (out / "samples").is_relative_to(Path(config.data).expanduser().resolve()) and (
@@ -1207,19 +1217,15 @@ def train(config, data=None):
         optimizers = make_optimizers(model.network, config.lr)
         peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
-        # The state of a stopped run, if there is one.
+        # Where it stands: at the beginning, or where the stopped run was.
         step, seconds, losses = 0, 0.0, []
-        state_path = out / "training_state.pth"
-        resumed = state_path.exists() and not config.restart
         if resumed:
-            state = read(state_path)
-            refuse_another_run(state_path, state, run)
+            refuse_another_run(state_path, state["run"], run)
             step, seconds, losses = state["step"], state["seconds"], state["losses"]
             model.network.load_state_dict(state["model"])
             ema.network.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            say(f"going on after step {step:,} of {total_steps:,} (--restart begins again)")
         if largest(step) != step:
             raise ValueError(f"the processes do not all find {state_path}: share its folder")
         if step >= total_steps:
@@ -1385,11 +1391,8 @@ def new_model(config, images, class_names):
     return model
 
 
-def refuse_another_run(path, state, run):
+def refuse_another_run(path, before, run):
     """Raises a ValueError that says what differs, if the state at `path` is not of this run."""
-    before = state.get("run") if isinstance(state, dict) else None
-    if before is None:
-        raise ValueError(f"{path} is no training state of this version: --restart begins again")
     changed = [
         f"{name} {before.get(name)}, not {run.get(name)}"
         for name in {**before, **run}

@@ -543,7 +543,7 @@ def test_stopped_after_every_step(here, monkeypatch, capsys):
         with stopped_in_step(1, monkeypatch, number):
             assert main(dropout=0.3) == (code if step < 6 else 0)
         lines = capsys.readouterr().out.splitlines()
-        assert step == 1 or f"going on after step {step - 1} of 6" in lines[0]
+        assert step == 1 or f"going on after step {step - 1} (" in lines[0]
         assert step == 6 or f"stopped after step {step}" in lines[-1]
     assert same(state(), state("whole"))
 
@@ -633,7 +633,7 @@ def test_a_finished_run_does_nothing_and_more_epochs_go_on(here, capsys):
     assert main() == 0 and files() == before and "\nfinished" in capsys.readouterr().out
     assert main(epochs=3) == 0
     out = capsys.readouterr().out
-    assert out.startswith("going on after step 6 of 9") and out.count("\nepoch ") == 1
+    assert out.startswith("going on after step 6 (") and out.count("\nepoch ") == 1
     assert state()["losses"][:6] == first["losses"] and len(state()["losses"]) == 9
     assert json.loads(Path("model_info.json").read_text())["epochs"] == 3
     assert main(restart=True) == 0 and "going on" not in capsys.readouterr().out
