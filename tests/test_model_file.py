@@ -475,3 +475,12 @@ def test_bfloat16_on_a_gpu(monkeypatch):
     found = [dm.has_bfloat16(torch.device("cuda", number)) for number in range(3)]
     assert found == [True, False, True]
     assert not dm.has_bfloat16(torch.device("mps"))
+
+
+@pytest.mark.parametrize("found", ["amx_bf16", "avx512_bf16", "avx512_f"])
+def test_bfloat16_on_a_cpu(monkeypatch, found):
+    """It is used where the CPU multiplies it natively, by AMX or AVX512-BF16, and nowhere else."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {found: True}, raising=False)
+    with dm.autocast(torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if found.endswith("bf16") else torch.float32)
