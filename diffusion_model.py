@@ -1502,9 +1502,13 @@ def errors_in_one_line():
         causes = ("out of memory", "enough memory", "allocate", "compiler")
         if not isinstance(error, kinds) and not any(cause in str(error) for cause in causes):
             raise  # a bug, which has to show where it is
-        missing = " (pip install -r requirements.txt)" if isinstance(error, ImportError) else ""
+        advice = ""
+        if isinstance(error, ImportError):
+            advice = ": pip install -r requirements.txt (and tensorboard for --tensorboard)"
+        elif isinstance(error, MemoryError) or "memory" in str(error):
+            advice = ": lower --batch-size, --image-size, --hidden-channels or -n"
         with contextlib.suppress(OSError, AttributeError):
-            print(f"error: {brief(error)}{missing}", file=sys.stderr)
+            print(f"error: {brief(error)}{advice}", file=sys.stderr)
         sys.exit(2)
 
 
