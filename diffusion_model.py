@@ -1255,8 +1255,8 @@ def train(config, data=None):
             f"training  {epochs:,} epochs of {steps_per_epoch:,} steps of {batch_size} images\n"
             f"files     {out}"
         )
-        if total_steps < 1000:
-            say(f"hint      {total_steps} steps are few, --images 200000 makes more of them")
+        if total_steps < 1000 and config.images is None:
+            say(f"hint      {total_steps} steps are few, --images 30000 makes more of them")
         if class_names and all(len(name) == 1 or name.isdigit() for name in model.class_names):
             say("hint      letters and digits should not be mirrored: --no-flip")
         if config.compile and device.type == "mps":

@@ -440,12 +440,16 @@ def test_images_instead_of_epochs(here, capsys, images, epochs, grids):
     assert capsys.readouterr().out.count("\nepoch ") == grids
 
 
-@pytest.mark.parametrize("epochs, hint", [(333, True), (334, False)])
-def test_few_steps_are_said(here, monkeypatch, capsys, epochs, hint):
-    """Seven pictures make 100 tiny epochs, and a run of less than 1,000 steps names --images."""
+@pytest.mark.parametrize(
+    "options, hint",
+    [(dict(epochs=333), True), (dict(epochs=334), False), (dict(images=2400), False)],
+)
+def test_few_steps_are_said(here, monkeypatch, capsys, options, hint):
+    """Seven pictures make 100 tiny epochs. So a run of less than 1,000 steps names --images, but
+    not to whoever has chosen it: more repeats would only be memorised."""
     fail_in_step(monkeypatch, 1, Killed())
     with pytest.raises(Killed):
-        train(epochs=epochs)
+        train(**options)
     assert ("--images" in capsys.readouterr().out) == hint
 
 
