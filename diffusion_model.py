@@ -1343,6 +1343,9 @@ def train(config, data=None):
                     )
                     write(state, state_path)
 
+            if stop or run_done:
+                largest(0)  # no process leaves while the first one writes
+
             # Say how it goes: a line for each epoch, but with --images for each of twenty parts.
             if epoch_done and (exporting or config.images is None):
                 say(
