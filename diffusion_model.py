@@ -43,7 +43,6 @@ import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -724,8 +723,8 @@ def write(contents, path):
         temporary.unlink(missing_ok=True)
 
 
-def read(path):
-    """What `write` made of tensors, numbers and strings. No code that a file may hold is run.
+def read(path, key):
+    """The dict with this key that `write` wrote. No code that a file may hold is run.
 
     Raises an OSError if there is no such file, a ValueError if it is damaged or of another kind.
     """
@@ -733,7 +732,10 @@ def read(path):
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        if key not in contents:
+            raise ValueError(f"it has no {key}")
+        return contents
     except Exception as error:  # zipfile, pickle and torch raise many kinds
         if isinstance(error, OSError) and error.filename:  # it cannot be opened
             raise
@@ -828,7 +830,7 @@ class SimpleDiffusion(nn.Module):
         """
         path = Path(path).expanduser()
         path = path / "diffusion_model.pth" if path.is_dir() else path
-        saved = read(path)
+        saved = read(path, "model_config")
         try:
             options = {**saved["model_config"], **saved["diffusion_config"]}
             with torch.device("meta"):  # A file can claim any size, and this takes no memory yet.
@@ -1147,51 +1149,22 @@ def train(config, data=None):
     """
     from tqdm import tqdm
 
-    # The device. Where torchrun starts several processes, it tells them so in the environment.
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ["RANK"]) if world_size > 1 else 0
-    device = config.device
-    if world_size > 1 and device is None:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    device = pick_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group(timeout=datetime.timedelta(days=1))
+    device, rank, world_size = join_processes(config.device)
+    if config.compile and device.type == "mps":
+        raise ValueError("--compile gives wrong results on MPS with some versions of torch")
     tune_torch()
 
-    # The state of a stopped run, if there is one.
+    # What a stopped run has left, if there was one.
     out = Path(config.out).expanduser().resolve()
-    state_path = out / "training_state.pth"
-    resumed = state_path.exists() and not config.restart
-    if resumed:
-        state = read(state_path)
-        if not isinstance(state, dict) or "run" not in state:
-            advice = "--restart begins again"
-            raise ValueError(f"{state_path} is no training state of this version: {advice}")
+    state_path, state = out / "training_state.pth", None
+    if state_path.exists() and not config.restart:
+        state = read(state_path, "run")
         say(f"going on after step {state['step']:,} (--restart begins again)")
 
-    # The data, as one uint8 tensor. It may have to be downloaded, so the first process reads it
-    # while the others wait, as `largest` returns only when all have called it.
+    # The data, and how many steps will be made with it.
     if data is not None:
         config = replace(config, data="tensors")
-    elif (out / "samples").is_relative_to(Path(config.data).expanduser().resolve()) and (
-        config.data not in ("cifar10", "shapes")
-    ):
-        raise ValueError(f"--out {out} would put its samples among the pictures of --data")
-    if rank > 0:
-        largest(0)
-    images, labels, class_names = data or load_images(config.data, config.image_size, config.limit)
-    if rank == 0:
-        largest(0)
-    square = images.dim() == 4 and images.shape[2] == images.shape[3]
-    if images.dtype != torch.uint8 or not square or (labels is None) != (class_names is None):
-        got = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(
-            f"images must be uint8 (N, C, S, S), got {got}, and labels need class names"
-        )
-    if config.unconditional or labels is None:
-        labels = class_names = None
+    images, labels, class_names = training_data(config, data, out, rank)
     batch_size = min(config.batch_size, len(images)) // world_size * world_size
     if batch_size == 0 or config.batch_size % world_size:
         raise ValueError(f"{world_size} processes cannot share --batch-size {config.batch_size}")
@@ -1202,6 +1175,7 @@ def train(config, data=None):
         sample_every = math.ceil(epochs / 20)
     total_steps = epochs * steps_per_epoch
 
+    # A caller's random state is left as it was, and signals stop the run between two steps.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(gpus), stop_signals() as received:
         # The model, its moving average, which draws better than the weights of any one step, and
@@ -1209,19 +1183,19 @@ def train(config, data=None):
         torch.manual_seed(mixed_seed(config.seed, -(2**31)))
         model = new_model(config, images, class_names)
         run = {**asdict(config), **fingerprint(images, labels, model.class_names)}
-        images = images.expand(-1, model.network.config["in_channels"], -1, -1).to(device)
-        last = len(class_names or []) - 1
-        labels = fitting("labels", labels, images.shape[:1], 0, last, device, torch.int64)
         model.to(device, memory_format=memory_format(device))
         ema = copy.deepcopy(model).eval()
         optimizers = make_optimizers(model.network, config.lr)
         peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        # All images stay on the device, in bytes. Grey ones become colour if --init's network is.
+        images = images.expand(-1, model.network.config["in_channels"], -1, -1).to(device)
+        labels = None if labels is None else labels.to(device)
 
-        # Where it stands: at the beginning, or where the stopped run was.
-        step, seconds, losses = 0, 0.0, []
-        if resumed:
+        # Where the run stands: at its beginning, or where it was stopped.
+        step, seconds = 0, 0.0
+        if state is not None:
             refuse_another_run(state_path, state["run"], run)
-            step, seconds, losses = state["step"], state["seconds"], state["losses"]
+            step, seconds = state["step"], state["seconds"]
             model.network.load_state_dict(state["model"])
             ema.network.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -1231,40 +1205,15 @@ def train(config, data=None):
         if step >= total_steps:
             say("finished (with more --epochs or --images it goes on)")
             return ema
+        losses = torch.zeros(total_steps, **PLAIN).to(device)  # of all steps, until they are shown
+        if state is not None:
+            losses[:step] = state["losses"]
         # Listed only now, as load_state_dict makes new groups.
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
-        # What a run says and shows at its beginning.
-        info = dict(
-            architecture=f"SimpleUNet {model.network.config}",
-            parameters=sum(p.numel() for p in model.parameters()),
-            dataset=config.data,
-            batch_size=batch_size,
-            optimizer=" and ".join(type(optimizer).__name__ for optimizer in optimizers),
-            learning_rate=config.lr,
-            **model.diffusion.config,
-            device=str(device),
-            torch=str(torch.__version__),
-            license="MIT" if config.data in ("cifar10", "shapes") else "not stated",
-        )
-        say(
-            f"device    {device}, {'bfloat16' if has_bfloat16(device) else 'float32'}\n"
-            f"network   {info['parameters'] / 1e6:.1f} M parameters\n"
-            f"data      {len(images):,} images of {config.data}, {images.shape[-1]} pixels wide, "
-            f"{', '.join(model.class_names or ['no classes'])}\n"
-            f"training  {epochs:,} epochs of {steps_per_epoch:,} steps of {batch_size} images\n"
-            f"files     {out}"
-        )
-        if total_steps < 1000 and config.images is None:
-            say(f"hint      {total_steps} steps are few, --images 30000 makes more of them")
-        if class_names and all(len(name) == 1 or name.isdigit() for name in model.class_names):
-            say("hint      letters and digits should not be mirrored: --no-flip")
-        if config.compile and device.type == "mps":
-            raise ValueError("--compile gives wrong results on MPS with some versions of torch")
-        loss_of = torch.compile(model) if config.compile else model
-        if world_size > 1:
-            loss_of = nn.parallel.DistributedDataParallel(loss_of)
-        if rank == 0 and not resumed:
+        # What is said and written at the beginning.
+        info = describe(config, model, optimizers, images, batch_size, epochs, device, out)
+        if rank == 0 and step == 0:
             keep_old_checkpoint(out / "diffusion_model.pth")
             save_grid(images[:64] / 255, out / "samples/data.png", columns=8)
         if config.tensorboard and rank == 0:
@@ -1274,8 +1223,10 @@ def train(config, data=None):
         hide = rank > 0 or sys.stderr is None or not sys.stderr.isatty()
         bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, unit="step", disable=hide)
 
+        loss_of = torch.compile(model) if config.compile else model
+        if world_size > 1:
+            loss_of = nn.parallel.DistributedDataParallel(loss_of)
         order = None  # of the images in this epoch
-        pending = []  # losses that are still on the device
         began = time.monotonic() - seconds  # as if there had been no break
         saved_at = shown_at = seconds
         while step < total_steps:
@@ -1299,36 +1250,36 @@ def train(config, data=None):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            losses[step] = loss.detach() + 0 * norm  # not finite if the gradient is not
             step += 1
             update_ema(ema, model, step)
-            pending.append(loss.detach() + 0 * norm)  # not finite if the gradient is not
 
-            # ---- What is shown, exported and saved after it. The losses are fetched once a second,
-            # as doing so in every step would make a GPU wait.
+            # ---- What is to be done after this step.
             seconds = time.monotonic() - began
             epoch_done, run_done = step % steps_per_epoch == 0, step == total_steps
             stop = largest(received[0] if received else 0)
             # Save after an epoch, if the last time was not just now, and every five minutes in one.
             patience = min(20, seconds / 10) if epoch_done else 300
             saving = stop or run_done or seconds - saved_at > patience
-            if epoch_done or saving or seconds - shown_at > 1:
-                losses += torch.stack(pending).tolist()
-                pending.clear()
-                shown_at = seconds
-                if not math.isfinite(sum(losses)):
-                    bad = [math.isfinite(loss) for loss in losses].index(False) + 1
-                    advice = "give the same command with a lower --lr"
-                    raise FloatingPointError(f"the loss is not finite at step {bad}: {advice}")
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    bar.set_postfix(loss=f"{fmean(losses[-100:]):.4f}", refresh=False)
-                    bar.update(step - bar.n)
             exporting = epoch_done and ((epoch + 1) % sample_every == 0 or run_done)
+            if not (epoch_done or saving or seconds - shown_at > 1):
+                continue
+
+            # ---- Show the loss. To fetch it makes a GPU wait, so this is not done in every step.
+            shown_at = seconds
+            known = losses.cpu()[:step]
+            if not known.isfinite().all():
+                bad = known.isfinite().tolist().index(False) + 1
+                advice = "give the same command with a lower --lr"
+                raise FloatingPointError(f"the loss is not finite at step {bad}: {advice}")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                bar.set_postfix(loss=f"{known[-100:].mean():.4f}", refresh=False)
+                bar.update(step - bar.n)
+
+            # ---- Draw samples and write the model, and save the state.
             if exporting and rank == 0:
-                starts = range(0, step, steps_per_epoch)
-                curve = [fmean(losses[start : start + steps_per_epoch]) for start in starts]
-                info.update(epochs=len(curve), images_seen=step * batch_size)
-                info.update(final_loss=curve[-1], training_minutes=seconds / 60)
-                export(ema, out, config.seed, curve, info)
+                info.update(images_seen=step * batch_size, training_minutes=seconds / 60)
+                export(ema, out, config.seed, known.view(-1, steps_per_epoch).mean(1), info)
             if saving:
                 saved_at = seconds
                 if rank == 0:
@@ -1336,26 +1287,25 @@ def train(config, data=None):
                         run=run,
                         step=step,
                         seconds=seconds,
-                        losses=losses,
+                        losses=known,
                         model=model.network.state_dict(),
                         ema=ema.network.state_dict(),
                         optimizers=[optimizer.state_dict() for optimizer in optimizers],
                     )
                     write(state, state_path)
+                if stop or run_done:
+                    largest(0)  # no process leaves while the first one writes
 
-            if stop or run_done:
-                largest(0)  # no process leaves while the first one writes
-
-            # Say how it goes: a line for each epoch, but with --images for each of twenty parts.
+            # ---- Say how it goes after each epoch, or with --images after each of twenty parts.
             if epoch_done and (exporting or config.images is None):
                 say(
-                    f"epoch {epoch + 1:3d}/{epochs}  loss {fmean(losses[-steps_per_epoch:]):.4f}  "
+                    f"epoch {epoch + 1:3d}/{epochs}  loss {known[-steps_per_epoch:].mean():.4f}  "
                     f"{step * batch_size / seconds:.0f} images/s  "
                     f"{seconds / step * (total_steps - step) / 60:.0f} minutes left",
                     bar,
                 )
             if epoch_done and config.tensorboard and rank == 0:
-                writer.add_scalar("loss", fmean(losses[-steps_per_epoch:]), step)
+                writer.add_scalar("loss", known[-steps_per_epoch:].mean(), step)
                 writer.flush()
             if stop and not run_done:
                 say(f"stopped after step {step:,}: the same command goes on", bar)
@@ -1363,6 +1313,82 @@ def train(config, data=None):
         checkpoint = shlex.quote(str(out / "diffusion_model.pth"))
         say(f"wrote {checkpoint}, draw: python inference_example.py --checkpoint {checkpoint}", bar)
     return ema
+
+
+def join_processes(name):
+    """The device, and which of how many processes this is: -> device, rank, world_size.
+
+    torchrun starts several processes and tells each of them in the environment which one it is.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return pick_device(name), 0, 1
+    if name is None:
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(name)
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(timeout=datetime.timedelta(days=1))
+    return device, int(os.environ["RANK"]), world_size
+
+
+def training_data(config, data, out, rank):
+    """What `data` or else config.data holds, if one can train on it: -> as load_images."""
+    if data is None:
+        folder = Path(config.data).expanduser().resolve()
+        if config.data not in ("cifar10", "shapes") and (out / "samples").is_relative_to(folder):
+            raise ValueError(f"--out {out} would put its samples among the pictures of --data")
+        # It may have to be downloaded, so the first process reads it while the others wait, as
+        # `largest` returns only when all have called it.
+        if rank > 0:
+            largest(0)
+        data = load_images(config.data, config.image_size, config.limit)
+        if rank == 0:
+            largest(0)
+    images, labels, class_names = data
+    square = images.dim() == 4 and images.shape[2] == images.shape[3]
+    if images.dtype != torch.uint8 or not square or (labels is None) != (class_names is None):
+        got = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(
+            f"images must be uint8 (N, C, S, S), got {got}, and labels need class names"
+        )
+    if config.unconditional or labels is None:
+        return images, None, None
+    last = len(class_names) - 1
+    labels = fitting("labels", labels, images.shape[:1], 0, last, "cpu", torch.int64)
+    return images, labels, class_names
+
+
+def describe(config, model, optimizers, images, batch_size, epochs, device, out):
+    """Say what will be trained on what: -> the same for model_info.json, a dict."""
+    network, count = model.network, len(images)
+    info = dict(
+        architecture=f"SimpleUNet {network.config}",
+        parameters=sum(p.numel() for p in network.parameters()),
+        dataset=config.data,
+        batch_size=batch_size,
+        optimizer=" and ".join(type(optimizer).__name__ for optimizer in optimizers),
+        learning_rate=config.lr,
+        **model.diffusion.config,
+        device=str(device),
+        torch=str(torch.__version__),
+        license="MIT" if config.data in ("cifar10", "shapes") else "not stated",
+    )
+    say(
+        f"device    {device}, {'bfloat16' if has_bfloat16(device) else 'float32'}\n"
+        f"network   {info['parameters'] / 1e6:.1f} M parameters\n"
+        f"data      {count:,} images of {config.data}, {images.shape[-1]} pixels wide, "
+        f"{', '.join(model.class_names or ['no classes'])}\n"
+        f"training  {epochs:,} epochs of {count // batch_size:,} steps of {batch_size} images\n"
+        f"files     {out}"
+    )
+    total_steps = epochs * (count // batch_size)
+    if total_steps < 1000 and config.images is None:
+        say(f"hint      {total_steps} steps are few, --images 30000 makes more of them")
+    if all(len(name) == 1 or name.isdigit() for name in model.class_names or ["none"]):
+        say("hint      letters and digits should not be mirrored: --no-flip")
+    return info
 
 
 def new_model(config, images, class_names):
@@ -1477,10 +1503,11 @@ def keep_old_checkpoint(path):
 
 
 def export(ema, out, seed, curve, info):
-    """Write diffusion_model.pth, model_info.json, a grid of four samples and the loss's curve."""
+    """Write the model, model_info.json, a grid of four samples, and the loss of each epoch."""
     from matplotlib.figure import Figure
 
-    info = dict(info, date=time.strftime("%Y-%m-%d"))
+    info = dict(info, epochs=len(curve), final_loss=curve[-1].item())
+    info.update(date=time.strftime("%Y-%m-%d"))
     ema.save(out / "diffusion_model.pth", **info)
     write(json.dumps(info, indent=2) + "\n", out / "model_info.json")
     classes = ema.network.num_classes

@@ -95,6 +95,7 @@ def state(folder="."):
     """All of a training_state.pth that must not depend on how often the run was stopped."""
     saved = torch.load(Path(folder) / "training_state.pth", weights_only=True)
     del saved["seconds"], saved["run"]["out"]
+    saved["losses"] = saved["losses"].tolist()
     return saved
 
 
