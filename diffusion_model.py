@@ -987,6 +987,10 @@ def save_grid(images, path, columns):
 
 # --------------------------------------------------------------------------------------------------
 # 5. Training: the options, the optimisers, and a run from its first step to its last
+#
+# The run itself is `train`. Above it stands what a training step needs, which are the optimisers,
+# the learning rate, the moving average and a batch. Below it stands what is around the run, such as
+# several processes, signals, files and errors. If you want to learn how to train, skip the latter.
 
 
 @dataclass
@@ -1022,7 +1026,7 @@ class TrainConfig:
     restart: bool = False  # begin again, even if a stopped run could go on
 
     def __post_init__(self):
-        """Make each value a plain one, such as can be saved. ValueError if one is absurd."""
+        """Turn each value into an int, a float and so on. ValueError if one is out of range."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             if value is None:
@@ -1096,8 +1100,12 @@ def orthogonal(matrices):
 
 
 def make_optimizers(network, lr):
-    """Muon for what maps features to features, AdamW for the rest: -> a list of both."""
-    first, last = network.down[0]["entry"], network.up[-1]["exit"][-1]  # these touch the image
+    """Muon for what maps features to features, AdamW for the rest: -> a list of both.
+
+    The rest are the biases, the norms, the embedding of the classes, and the two convolutions that
+    read the image and write the prediction.
+    """
+    first, last = network.down[0]["entry"], network.up[-1]["exit"][-1]
     layers = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
     maps = [layer.weight for layer in layers if layer not in (first, last)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]
@@ -1167,7 +1175,10 @@ def train(config, data=None):
     images, labels, class_names = training_data(config, data, out, rank)
     batch_size = min(config.batch_size, len(images)) // world_size * world_size
     if batch_size == 0 or config.batch_size % world_size:
-        raise ValueError(f"{world_size} processes cannot share --batch-size {config.batch_size}")
+        raise ValueError(
+            f"{world_size} processes cannot share {len(images)} images or --batch-size "
+            f"{config.batch_size} evenly"
+        )
     steps_per_epoch = len(images) // batch_size  # what is left over waits for another epoch
     epochs, sample_every = config.epochs, config.sample_every
     if config.images is not None:
@@ -1175,7 +1186,7 @@ def train(config, data=None):
         sample_every = math.ceil(epochs / 20)
     total_steps = epochs * steps_per_epoch
 
-    # A caller's random state is left as it was, and signals stop the run between two steps.
+    # The caller's random state is left as it was, and a signal stops the run between two steps.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(gpus), stop_signals() as received:
         # The model, its moving average, which draws better than the weights of any one step, and
@@ -1186,7 +1197,6 @@ def train(config, data=None):
         model.to(device, memory_format=memory_format(device))
         ema = copy.deepcopy(model).eval()
         optimizers = make_optimizers(model.network, config.lr)
-        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         # All images stay on the device, in bytes. Grey ones become colour if --init's network is.
         images = images.expand(-1, model.network.config["in_channels"], -1, -1).to(device)
         labels = None if labels is None else labels.to(device)
@@ -1199,17 +1209,20 @@ def train(config, data=None):
             model.network.load_state_dict(state["model"])
             ema.network.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                rates = optimizer.state_dict()[
+                    "param_groups"
+                ]  # of this command, as --lr may differ
+                optimizer.load_state_dict({**saved, "param_groups": rates})
         if largest(step) != step:
             raise ValueError(f"the processes do not all find {state_path}: share its folder")
         if step >= total_steps:
             say("finished (with more --epochs or --images it goes on)")
             return ema
-        losses = torch.zeros(total_steps, **PLAIN).to(device)  # of all steps, until they are shown
+        losses = torch.zeros(total_steps, **PLAIN).to(device)  # of all the steps of the run
         if state is not None:
             losses[:step] = state["losses"]
-        # Listed only now, as load_state_dict makes new groups.
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        peaks = [group["lr"] for group in groups]
 
         # What is said and written at the beginning.
         info = describe(config, model, optimizers, images, batch_size, epochs, device, out)
@@ -1223,6 +1236,7 @@ def train(config, data=None):
         hide = rank > 0 or sys.stderr is None or not sys.stderr.isatty()
         bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, unit="step", disable=hide)
 
+        # Calling the model gives the loss of a batch.
         loss_of = torch.compile(model) if config.compile else model
         if world_size > 1:
             loss_of = nn.parallel.DistributedDataParallel(loss_of)
@@ -1250,22 +1264,24 @@ def train(config, data=None):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            losses[step] = loss.detach() + 0 * norm  # not finite if the gradient is not
+            losses[step] = torch.where(norm.isfinite(), loss.detach(), math.nan)
             step += 1
             update_ema(ema, model, step)
 
-            # ---- What is to be done after this step.
+            # ---- What is to be done after this step? Mostly nothing.
             seconds = time.monotonic() - began
-            epoch_done, run_done = step % steps_per_epoch == 0, step == total_steps
-            stop = largest(received[0] if received else 0)
-            # Save after an epoch, if the last time was not just now, and every five minutes in one.
-            patience = min(20, seconds / 10) if epoch_done else 300
-            saving = stop or run_done or seconds - saved_at > patience
+            epoch_done = step % steps_per_epoch == 0
+            run_done = step == total_steps
+            stop = largest(max(received, default=0))  # the number of a signal, or 0
+            # Save after each epoch, unless that was just now, and every five minutes of a long one.
+            pause = min(20, seconds / 10) if epoch_done else 300
+            saving = stop or run_done or seconds - saved_at > pause
             exporting = epoch_done and ((epoch + 1) % sample_every == 0 or run_done)
-            if not (epoch_done or saving or seconds - shown_at > 1):
+            showing = epoch_done or saving or seconds - shown_at > 1
+            if not showing:
                 continue
 
-            # ---- Show the loss. To fetch it makes a GPU wait, so this is not done in every step.
+            # ---- Show the loss. Fetching it makes a GPU wait, so this is not done in every step.
             shown_at = seconds
             known = losses.cpu()[:step]
             if not known.isfinite().all():
@@ -1294,7 +1310,7 @@ def train(config, data=None):
                     )
                     write(state, state_path)
                 if stop or run_done:
-                    largest(0)  # no process leaves while the first one writes
+                    wait_for_all()  # none leaves while the first one writes
 
             # ---- Say how it goes after each epoch, or with --images after each of twenty parts.
             if epoch_done and (exporting or config.images is None):
@@ -1323,12 +1339,11 @@ def join_processes(name):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         return pick_device(name), 0, 1
-    if name is None:
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    device = pick_device(name)
+    device = pick_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":  # a GPU for each process
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group(timeout=datetime.timedelta(days=1))
     return device, int(os.environ["RANK"]), world_size
 
@@ -1339,13 +1354,12 @@ def training_data(config, data, out, rank):
         folder = Path(config.data).expanduser().resolve()
         if config.data not in ("cifar10", "shapes") and (out / "samples").is_relative_to(folder):
             raise ValueError(f"--out {out} would put its samples among the pictures of --data")
-        # It may have to be downloaded, so the first process reads it while the others wait, as
-        # `largest` returns only when all have called it.
+        # It may have to be downloaded, so the first process reads it while the others wait.
         if rank > 0:
-            largest(0)
+            wait_for_all()
         data = load_images(config.data, config.image_size, config.limit)
         if rank == 0:
-            largest(0)
+            wait_for_all()
     images, labels, class_names = data
     square = images.dim() == 4 and images.shape[2] == images.shape[3]
     if images.dtype != torch.uint8 or not square or (labels is None) != (class_names is None):
@@ -1386,7 +1400,8 @@ def describe(config, model, optimizers, images, batch_size, epochs, device, out)
     total_steps = epochs * (count // batch_size)
     if total_steps < 1000 and config.images is None:
         say(f"hint      {total_steps} steps are few, --images 30000 makes more of them")
-    if all(len(name) == 1 or name.isdigit() for name in model.class_names or ["none"]):
+    signs = all(len(name) == 1 or name.isdigit() for name in model.class_names or ["none"])
+    if signs and not config.no_flip:
         say("hint      letters and digits should not be mirrored: --no-flip")
     return info
 
@@ -1441,10 +1456,10 @@ def fingerprint(images, labels, classes):
 
 def mixed_seed(seed, number):
     """A seed of 32 bits, which is all that torch's generators use, for a step of a run."""
-    # The 2**32 seeds form a circle. A run starts at seed * 2**32 / golden ratio, goes up by one for
-    # each step and process, and down by one for each epoch's order. Its first weights take the
-    # opposite point. Runs whose seeds differ by less than 10,000 start more than 190,000 apart, so
-    # shorter ones never meet.
+    # Think of the 2**32 numbers as a circle. The seed of the run picks a point on it (by 2**32 over
+    # the golden ratio, which spreads them well). From there the steps count up, the orders of the
+    # epochs count down, and the first weights take the opposite point. Runs whose seeds differ by
+    # less than 10,000 begin more than 190,000 apart, so that shorter ones share no random numbers.
     return (seed * 2654435769 + number) % 2**32
 
 
@@ -1454,6 +1469,11 @@ def largest(number):
         number = torch.tensor(number, device="cpu")
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
+
+
+def wait_for_all():
+    """Return once all processes have come here."""
+    largest(0)
 
 
 @contextlib.contextmanager

@@ -121,6 +121,8 @@ def draw(args):
         moments = [moments[round(i)] for i in torch.linspace(0, len(moments) - 1, 10).tolist()]
         images = torch.stack(moments).permute(2, 1, 0, 3, 4, 5).flatten(0, 2) / 2 + 0.5
         n = 10
+    elif len(rows) == 1 and not args.interpolate:
+        n = min(n, 16)  # many pictures of one class, or without classes, fill several rows
     if not args.save_each:
         dm.save_grid(images, args.out, columns=n)
     seconds, where = time.monotonic() - began, model.diffusion.betas.device
