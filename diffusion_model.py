@@ -246,11 +246,11 @@ class SimpleUNet(nn.Module):
 #
 # Sampling begins with pure noise. In each step the network says which noise it sees in x_t, and
 # what is left without it is an estimate of x_0. This estimate is mixed with the noise again, but
-# with a little less of it, and that is the next x_t. The first estimate alone would not do. The
-# error of x_0 is that of the noise times sigma / alpha, so the squared error is smallest if the
-# estimate is the mean of all images that may be behind x_t. Behind pure noise may be any image, and
-# the mean of all images is a blur. But a small step towards it rules some of them out. The next
-# estimate is the mean of fewer images, and sharper.
+# with a little less of it, and that is the next x_t. The first estimate alone would not do.
+# Training makes the squared error small, and the guess of smallest squared error is the mean of all
+# images that may be behind x_t. Behind pure noise may be any image, and the mean of all images is a
+# blur. But a small step towards it rules some of them out. The next estimate is the mean of fewer
+# images, and sharper.
 #
 # Instead of the noise the network may predict v = alpha * noise - sigma * x_0 (Salimans and Ho
 # 2022), which is the default of SimpleDiffusion. To get x_0 from the noise one divides by alpha,
@@ -308,7 +308,8 @@ class DiffusionModel(nn.Module):
     prediction: "noise" as in Ho et al., or "v" (Salimans and Ho 2022).
     t_distribution: the timesteps of training are "uniform" as in Algorithm 1, or "lognormal", which
         prefers the noise levels where there is most to learn (Karras et al. 2022).
-    Raises a ValueError if an option is out of range.
+    The defaults are those of Ho et al., and SimpleDiffusion has others. Raises a ValueError if an
+    option is out of range.
     """
 
     def __init__(
@@ -349,6 +350,7 @@ class DiffusionModel(nn.Module):
             alphas_cumprod=alphas_cumprod,
             sqrt_alphas_cumprod=alphas_cumprod.sqrt(),  # alpha
             sqrt_one_minus_alphas_cumprod=(1 - alphas_cumprod).sqrt(),  # sigma
+            # The beta tilde of eq. 7, for whoever wants it. `step` computes it for any t and s.
             posterior_variance=betas * (1 - alphas_cumprod / (1 - betas)) / (1 - alphas_cumprod),
         )
         for name, table in tables.items():  # not saved with the weights, as they follow from config
@@ -384,7 +386,10 @@ class DiffusionModel(nn.Module):
         return alpha * x_start + sigma * noise
 
     def forward(self, x_start, y=None, t=None, noise=None):
-        """The training loss (eq. 14), a scalar. With v each term is weighted by 1 / alpha^2.
+        """The training loss (eq. 14), a scalar.
+
+        An error in v is the error in the noise divided by alpha. So with v each term weighs
+        1 / alpha^2 times as much as with noise.
 
         x_start (B, C, H, W) in [-1, 1], labels y (B,) int64 or None. The timesteps t (B,) int64 and
         the noise, like x_start, are drawn if they are not given. Raises a ValueError if x_start
@@ -425,9 +430,8 @@ class DiffusionModel(nn.Module):
         """
         normal = math.sqrt(2) * torch.erfinv(2 * u - 1)  # its quantile function
         levels = (self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod).float().log()
-        return torch.searchsorted(
-            (levels[1:] + levels[:-1]) / 2, 1.2 * normal - 0.8
-        )  # the nearest t
+        middles = (levels[1:] + levels[:-1]) / 2
+        return torch.searchsorted(middles, 1.2 * normal - 0.8)  # the t of the nearest level
 
     # ---- Sampling: Algorithm 2, then the faster samplers that grew out of it
 
@@ -470,7 +474,7 @@ class DiffusionModel(nn.Module):
 
         t and s are ints or (B,) int64, and s = -1 lands on x_0. eta says how much of the noise is
         new. 0 keeps the old noise, which is DDIM (Song et al. 2021, eq. 7). 1 replaces as much of
-        it as Algorithm 2 does, which is the variance of the posterior (eq. 7).
+        it as Algorithm 2 does, which is the variance of q(x_s | x_t, x_0), the posterior (eq. 7).
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
@@ -480,6 +484,7 @@ class DiffusionModel(nn.Module):
         # accurate where it is small.
         beta = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
         spread = eta * sigma_s / sigma_t * beta.sqrt()
+        # spread^2 + kept^2 = sigma_s^2, so that x_s has just the noise that belongs to s.
         kept = (sigma_s**2 - spread**2).clamp(min=0).sqrt()  # rounding can make it negative
         return alpha_s * x_0 + kept * noise + spread * new_noise
 
@@ -1209,9 +1214,8 @@ def train(config, data=None):
             model.network.load_state_dict(state["model"])
             ema.network.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                rates = optimizer.state_dict()[
-                    "param_groups"
-                ]  # of this command, as --lr may differ
+                # All but the learning rates, as --lr may differ.
+                rates = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({**saved, "param_groups": rates})
         if largest(step) != step:
             raise ValueError(f"the processes do not all find {state_path}: share its folder")
