@@ -1,6 +1,7 @@
 """What the tests share. They need no network, no GPU and no data set."""
 
 import contextlib
+import io
 import itertools
 import os
 import signal
@@ -8,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,6 +55,16 @@ def perturb(module, seed=0):
     return module
 
 
+def attention_sizes(network, size):
+    """The widths of what a network has attention at, if it is given images of this size."""
+    sizes = set()
+    for part in network.modules():
+        if isinstance(part, dm.Attention):
+            part.register_forward_hook(lambda part, inputs, output: sizes.add(output.shape[-1]))
+    network(torch.zeros(1, 3, size, size), torch.zeros(1).long())
+    return sizes
+
+
 def flags(**options):
     """The options of a run as the words of a command line."""
     words = []
@@ -62,21 +75,30 @@ def flags(**options):
     return words
 
 
-def run(script, *args, cwd, timeout=240, **env):
-    """Run `python SCRIPT ARGS` of this repository in the folder `cwd`: -> CompletedProcess."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    env = {**os.environ, **env}
-    options = dict(cwd=cwd, text=True, capture_output=True, timeout=timeout, env=env)
-    return subprocess.run(command, **options)
+def run(*command, **environment):
+    """Run a command in a process of its own, with one thread: -> CompletedProcess."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=env, text=True, capture_output=True, timeout=240)
 
 
-def assert_error(process, *words):
-    """The run ended as a user's mistake must: exit code 2, and one line that holds all `words`."""
-    assert process.returncode == 2, process.stdout + process.stderr
-    lines = process.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
+def pictures(folder, names):
+    """Make a folder of eight pictures of each of two classes, which all differ: -> the folder."""
+    for c, name in enumerate(names):
+        Path(folder, name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8), (100 * c, 20 * i, 50)).save(Path(folder, name, f"{i}.png"))
+    return folder
+
+
+@contextlib.contextmanager
+def other_defaults():
+    """Here torch's defaults are float64 and the meta device, whose tensors meet none of the CPU."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def error_of(main, capsys, *args):
@@ -91,12 +113,33 @@ def error_of(main, capsys, *args):
         return lines[0]
 
 
+def pixels(path):
+    """A picture as integers (H, W, 3)."""
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def tiles(grid, columns, width=128, scale=16):
+    """The pictures of a grid, row by row, in their own size: there each is enlarged, 2 apart."""
+    grid = np.pad(grid, ((2, 2), (2, 2), (0, 0))) if len(grid) == width else grid  # a single one
+    step = width + 2
+    assert grid.shape[1] == 2 + step * columns and (grid.shape[0] - 2) % step == 0
+    corners = itertools.product(range(2, len(grid), step), range(2, 2 + step * columns, step))
+    return np.stack([grid[y : y + width : scale, x : x + width : scale] for y, x in corners])
+
+
 def state(folder="."):
     """All of a training_state.pth that must not depend on how often the run was stopped."""
     saved = torch.load(Path(folder) / "training_state.pth", weights_only=True)
     del saved["seconds"], saved["run"]["out"]
     saved["losses"] = saved["losses"].tolist()
     return saved
+
+
+def to_bytes(contents, **options):
+    """The file that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(contents, file, **options)
+    return file.getvalue()
 
 
 def same(a, b):
@@ -119,17 +162,17 @@ def spy(set_attribute, owner, name, note):
     set_attribute(owner, name, noted)
 
 
+def in_step(patch, number, act):
+    """Have act() called in the step of a run with this number, counted from 1 at its start."""
+    calls = itertools.count(1)  # learning_rate is asked for once a step and group
+    spy(patch.setattr, dm, "learning_rate", lambda *_: next(calls) == 2 * number and act())
+
+
 @contextlib.contextmanager
 def stopped_in_step(number, monkeypatch, signal_number=signal.SIGTERM):
-    """In this block a run gets a signal in the step of this number, counted from 1 at its start."""
-    steps = itertools.count(1)
+    """In this block a run gets a signal in the step of this number."""
     with monkeypatch.context() as patch:
-        spy(
-            patch.setattr,
-            dm,
-            "learning_rate",  # is asked for once a step and group
-            lambda *_: next(steps) == 2 * number and os.kill(os.getpid(), signal_number),
-        )
+        in_step(patch, number, lambda: os.kill(os.getpid(), signal_number))
         yield
 
 
