@@ -35,20 +35,16 @@ class ResNetUNet(nn.Module):
     """ResNet-18 as encoder, transposed convolutions as decoder; skips, time embedding and self-attention.
 
     forward(x, t): x (B, 3, H, W), t (B,) int64 -> (B, 3, H, W). H and W must be multiples of 32; made for 64x64.
-    weights: those of the encoder, as torchvision names them ("IMAGENET1K_V1" is downloaded by torchvision where it is
-    not cached), or the path of a state dict of resnet18; None: random.
+    resnet: the encoder, such as torchvision's resnet18(weights="IMAGENET1K_V1"); None: a random one.
 
     ResNet brings BatchNorm: in train mode an image's output depends on its batch, in eval mode on running means
     over batches of mixed timesteps. So train in train mode with at least two images a batch, sample in eval mode
     (DiffusionModel.sample sees to it), and where weights are averaged (EMA) take the buffers along.
     """
 
-    def __init__(self, time_dim=256, num_heads=4, weights=None):
+    def __init__(self, time_dim=256, num_heads=4, resnet=None):
         super().__init__()
-        named = weights in torchvision.models.ResNet18_Weights.__members__
-        resnet = torchvision.models.resnet18(weights=weights if named else None)
-        if weights is not None and not named:
-            resnet.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        resnet = torchvision.models.resnet18() if resnet is None else resnet
         self.time_dim = time_dim
         self.time_mlp = nn.Sequential(
             nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
