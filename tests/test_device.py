@@ -7,6 +7,7 @@ there is no device but the CPU. There, the tests on a pretended device run in th
 import copy
 import itertools
 import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class TestRealDevice:
 
     def test_a_drawing(self, pair):
         """The device draws the CPU's pictures from the same seed, but for rounding."""
-        options = dict(y=[0, 1, 2, 1], guidance=2.0, seed=0, progress=False)
+        options = dict(y=[0, 1, 2, 1], guidance=2.0, seed=0)
         ours, theirs = (model.sample(4, **options).cpu() for model in pair)
         assert (ours - theirs).abs().mean() < 1 / 255, f"{DEVICE} draws other pictures"
 
@@ -95,18 +96,7 @@ class TestRealDevice:
         assert next(model.parameters()).device.type == DEVICE.type
         assert all(0.1 < loss < 1.5 for loss in state()["losses"])
         assert all(parameter.isfinite().all() for parameter in model.parameters())
-        assert model.sample(2, y=[0, 1], progress=False).isfinite().all()
-
-
-def test_bfloat16_is_asked_of_the_device_in_use(monkeypatch):
-    """bfloat16 begins with capability 8.0, and of two GPUs each has its own capability."""
-    capabilities = {0: (7, 5), 1: (8, 0)}
-    answer = lambda device=None: capabilities[torch.device(device or "cuda:0").index or 0]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", answer)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    for device, fast in {"cuda": False, "cuda:0": False, "cuda:1": True, "mps": False}.items():
-        assert isinstance(dm.autocast(torch.device(device)), torch.autocast) is fast, device
+        assert model.sample(2, y=[0, 1]).isfinite().all()
 
 
 class TestPretendedDevice:
@@ -229,7 +219,7 @@ class TestPretendedDevice:
 
         def draw(steps, place="cpu"):
             here = {k: v.to(place) if torch.is_tensor(v) else v for k, v in self.WAYS[way].items()}
-            return tiny_model.sample(2, steps=steps, seed=0, progress=False, **here)
+            return tiny_model.sample(2, steps=steps, seed=0, **here)
 
         ours, counts = draw(10), []
         with pretend_device(kind) as device:
@@ -282,6 +272,11 @@ class TestPretendedDevice:
                 last = process.p_sample(x.to(device), torch.tensor([0, 9], device=device)).cpu()
                 found.append((loss.detach().cpu(), gradient, images, last))
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+    def test_mps_comes_before_cuda(self):
+        """Where torch has both, it is picked, and each device by its name."""
+        with pretend_device("mps"), patch("torch.cuda.is_available", lambda: True):
+            assert dm.pick_device().type == "mps" and dm.pick_device("cpu").type == "cpu"
 
     def test_a_gpu_without_kernels(self, here, capsys):
         """Torch sees GPUs for which it has no kernels. One line says so, and the CPU is used."""
