@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, error_of, perturb, same, state, stopped_in_step
+from conftest import TINY, error_of, perturb, pictures, same, state, stopped_in_step
 from PIL import Image
 
 import diffusion_model as dm
@@ -12,17 +12,13 @@ import diffusion_model as dm
 RUN = dict(data="pictures", init="source.pth", image_size=8, batch_size=4, epochs=2)
 
 
-@pytest.fixture
-def here(here, tiny_model):
+@pytest.fixture(autouse=True)
+def folder(here, tiny_model):
     """A folder with source.pth (classes a, b, c), plain.pth (no classes) and pictures of b and
     z."""
     tiny_model.save("source.pth")
     perturb(dm.SimpleDiffusion(8, **TINY), seed=1).save("plain.pth")
-    for name, red in (("b", 0), ("z", 100)):
-        Path("pictures", name).mkdir(parents=True)
-        for i in range(8):
-            Image.new("RGB", (8, 8), (red + i, 20 * i, 50)).save(f"pictures/{name}/{i}.png")
-    return here
+    pictures("pictures", ["b", "z"])
 
 
 def train(**options):
@@ -42,7 +38,7 @@ def outputs(model, label):
         return model.network(x, torch.tensor([0, 9, 99, 999]), y)
 
 
-def test_classes_go_by_their_names(here):
+def test_classes_go_by_their_names():
     """b is b, and z, which is new, begins as the null class, which stays the null class."""
     source, model = dm.SimpleDiffusion.load("source.pth", "cpu"), begin()
     assert model.class_names == ["b", "z"]
@@ -54,7 +50,7 @@ def test_classes_go_by_their_names(here):
 @pytest.mark.parametrize(
     "source, unconditional", [("source", True), ("plain", False), ("plain", True)]
 )
-def test_without_classes(here, source, unconditional):
+def test_without_classes(source, unconditional):
     """A network without classes begins as the null class of the other, and classes that begin with
     such a network begin as what it draws. Both can be trained."""
     model = begin(init=f"{source}.pth", unconditional=unconditional)
@@ -65,7 +61,7 @@ def test_without_classes(here, source, unconditional):
     assert (state()["run"]["classes"] is None) == unconditional
 
 
-def test_another_size(here):
+def test_another_size():
     """The network is convolutional, so it goes on at 16x16. What it is made of comes from the
     file."""
     model = begin(image_size=16, dropout=0.3, t_distribution="uniform")
@@ -75,7 +71,7 @@ def test_another_size(here):
     assert model.diffusion.config == {**kept.diffusion.config, "t_distribution": "uniform"}
     loaded = dm.SimpleDiffusion.load("begin", "cpu")
     assert loaded.image_size == 16
-    assert loaded.sample(1, y=[0], steps=2, progress=False).shape == (1, 3, 16, 16)
+    assert loaded.sample(1, y=[0], steps=2).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +79,7 @@ def test_another_size(here):
     """--hidden-channels 16|--channel-mults 1 3|--num-res-blocks 3|--schedule cosine|--n-steps 50
 --attention-levels|--num-heads 4|--prediction noise""".replace("\n", "|").split("|"),
 )
-def test_an_option_that_the_file_decides(here, capsys, words):
+def test_an_option_that_the_file_decides(capsys, words):
     """It is an error that names it, and nothing is written."""
     command = ["--data", "pictures", "--image-size", 8, "--init", "source.pth", *words.split()]
     line = error_of(dm.main, capsys, *command).replace("_", "-")
@@ -91,7 +87,7 @@ def test_an_option_that_the_file_decides(here, capsys, words):
     assert not Path("training_state.pth").exists()
 
 
-def test_grey_and_colour(here):
+def test_grey_and_colour():
     """Grey pictures will do for a network in colour. The other way round is an error."""
     dm.SimpleDiffusion(8, **TINY, in_channels=1).save("grey.pth")
     with pytest.raises(ValueError, match="grey.*colour"):
@@ -103,7 +99,7 @@ def test_grey_and_colour(here):
     assert train(init="grey.pth", out="grey").network.config["in_channels"] == 1
 
 
-def test_it_resumes_to_the_bit(here, monkeypatch):
+def test_it_resumes_to_the_bit(monkeypatch):
     """This also holds where the run's own export takes the place of the file with which it began,
     which is kept as .bak. Another --init is another run, and its state is not called damaged."""
     train(out="whole")
