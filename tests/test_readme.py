@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, perturb
+from conftest import ROOT, TINY, perturb, pictures
 from PIL import Image
 
 import diffusion_model as dm
@@ -37,9 +37,7 @@ def workplace(here):
     perturb(dm.SimpleDiffusion(16, class_names=dm.SHAPES, **TINY)).save(
         "my_shapes/diffusion_model.pth"
     )
-    for name in ("a", "b"):
-        Path("FOLDER", name).mkdir(parents=True)
-        Image.new("RGB", (20, 30), "red").save(Path("FOLDER", name, "1.png"))
+    pictures("FOLDER", ["a", "b"])
     Image.new("RGB", (16, 16), "white").save("FILE.png")
     Path("FILE").write_bytes(Path("FILE.png").read_bytes())
     Path("samples").mkdir()
@@ -94,6 +92,7 @@ def test_algorithm_2_is_quoted_as_it_stands():
 
 
 def test_every_picture_is_there_and_shown():
+    """The README and the script name all pictures of samples/, and none that is missing."""
     shown = set(re.findall(r"samples/(\w+\.\w+)", README + inference_example.__doc__))
     kept = {path.name for path in (ROOT / "samples").iterdir()}
     written = {"generated.png", "data.png", "loss.png"}  # what the commands make
