@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, pixels, run, tiles
 
 import diffusion_model as dm
 
@@ -36,11 +32,9 @@ def test_model_info_is_about_these_weights():
 def test_they_draw_the_picture_of_the_readme():
     """A column for each class, from seed 0. Only rounding may differ, by less than 1 of 255."""
     model = dm.SimpleDiffusion.load(WEIGHTS, "cpu")
-    images = model.sample(40, y=[i % 10 for i in range(40)], guidance=2.5, seed=0, progress=False)
-    picture = torch.from_numpy(np.array(Image.open(ROOT / "samples/released.png")))
-    # In the picture each image is twice as large, and there are two pixels between them.
-    corners = [(2 + 66 * i, 2 + 66 * j) for i in range(4) for j in range(10)]
-    released = torch.stack([picture[y : y + 64 : 2, x : x + 64 : 2] for y, x in corners])
+    images = model.sample(40, y=[i % 10 for i in range(40)], guidance=2.5, seed=0)
+    # In the picture each image is twice as large.
+    released = torch.from_numpy(tiles(pixels(ROOT / "samples/released.png"), 10, 64, 2))
     assert (images.permute(0, 2, 3, 1) * 255 - released).abs().mean() < 1
 
 
@@ -52,9 +46,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_drawing_takes_less_than_a_gigabyte(tmp_path):
+def test_drawing_takes_less_than_a_gigabyte(here):
     """The whole process, torch included, that draws 80 pictures never has more memory."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = dict(cwd=tmp_path, env=env, text=True, check=True, stdout=subprocess.PIPE)
-    drawn = subprocess.run([sys.executable, "-c", PEAK], **options)
+    drawn = run(sys.executable, "-c", PEAK, PYTHONPATH=str(ROOT))
     assert int(drawn.stdout.splitlines()[-1]) * 1024 < 1e9
