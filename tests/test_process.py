@@ -358,6 +358,28 @@ def test_diffusers_draws_the_same(sampler, steps, prediction, schedule):
     close(draw(process, sampler=sampler, steps=steps), x_t, 2e-3)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "sampler, steps, name",
+    [("ddpm", 50, "euler_ancestral"), ("ddim", 50, "euler"), ("dpm++", 20, "dpmpp_2m")],
+)
+def test_k_diffusion_draws_the_same(sampler, steps, name, schedule):
+    """Its samplers know x_t / alpha and sigma / alpha alone, and draw our images with our x_0."""
+    sampling = pytest.importorskip("k_diffusion.sampling", exc_type=ImportError)
+    process, (alphas, sigmas) = wild_process(schedule=schedule), truth(schedule)
+    timesteps, z = process.timesteps(sampler, steps), iter(noise_of(3, steps + 1).double())
+    calls, levels = iter(timesteps), (sigmas / alphas)[[*timesteps, -1]]
+
+    def denoise(x, level):
+        t = next(calls)
+        return process.predict_x_start(x * alphas[t], t)
+
+    extra = dict(noise_sampler=lambda *_: next(z)) if sampler == "ddpm" else {}
+    x_T = next(z) / alphas[timesteps[0]]
+    expected = getattr(sampling, f"sample_{name}")(denoise, x_T, levels, disable=True, **extra)
+    close(draw(process, sampler=sampler, steps=steps), expected, 2e-3)
+
+
 # ---- The options of sample
 
 

@@ -550,6 +550,13 @@ def test_stopped_after_every_step(monkeypatch, capsys):
     assert same(state(), state("whole")) and torch.equal(torch.get_rng_state(), before)
 
 
+def test_stopped_from_python(monkeypatch):
+    """train raises KeyboardInterrupt once the state is saved."""
+    with stopped_in_step(2, monkeypatch, signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        train()
+    assert state()["step"] == 2
+
+
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
     """Nothing is saved then, and the exit code is that of the first."""
     twice = lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
@@ -688,16 +695,13 @@ def test_one_more_option_in_the_state(whole, capsys):
     assert "colour" in line and "red" in line and "damaged" not in line
 
 
-@pytest.mark.parametrize("kind", ["damaged", "of another make"])
+@pytest.mark.parametrize("kind", ["cut", "flipped", "of another make"])
 def test_a_state_that_cannot_be_read_is_one_line(whole, capsys, kind):
     """It names the file, which is left as it is, and --restart begins again."""
-    path, before = (
-        Path("training_state.pth"),
-        bytearray((whole / "training_state.pth").read_bytes()),
-    )
-    before[len(before) // 2] ^= 1
-    if kind == "of another make":
-        before = to_bytes(dict(epoch=3, weights={}))
+    path, good = Path("training_state.pth"), (whole / "training_state.pth").read_bytes()
+    half = len(good) // 2
+    bad = dict(cut=good[:half], flipped=good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :])
+    before = bad.get(kind) or to_bytes(dict(epoch=3, weights={}))
     path.write_bytes(before)
     assert "training_state.pth" in error(capsys) and path.read_bytes() == before
     assert main(restart=True) == 0 and state()["step"] == 6
