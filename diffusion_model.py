@@ -274,9 +274,9 @@ class SimpleUNet(nn.Module):
 #   eta                                       eta
 #   lambdas                                                             lambda_t
 #
-# lambda is log(alpha / sigma), large where x_t is clean. A clean image that is given as an argument
-# is called x_start. Timesteps count from 0, so that t = 0 is the papers' t = 1, and t = -1 stands
-# for the clean image (alpha 1, sigma 0).
+# lambda is log(alpha / sigma), large where x_t is clean. In the code x_start is a true image, which
+# training knows, and x_0 an estimate of it. Timesteps count from 0, where the papers count from 1,
+# and t = -1 stands for the clean image (alpha 1, sigma 0).
 
 
 # For tensors that must not depend on torch's default type and device. On the CPU, because MPS has
@@ -344,7 +344,7 @@ class DiffusionModel(nn.Module):
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if not 1e-30 < alphas_cumprod[-1] < 0.01:
             end = f"alphas_cumprod ends at {alphas_cumprod[-1]:.2g}, not within 1e-30..0.01"
-            warnings.warn(f"x_T is not noise with a trace of the image: {end}", stacklevel=2)
+            warnings.warn(f"x_T should be noise with a trace of the image: {end}", stacklevel=2)
         tables = dict(
             betas=betas,
             alphas_cumprod=alphas_cumprod,
@@ -422,16 +422,16 @@ class DiffusionModel(nn.Module):
         return (u * self.n_steps).long().clamp(max=self.n_steps - 1)  # rounding can reach n_steps
 
     def lognormal_timesteps(self, u):
-        """Turn uniform u into timesteps whose ln(sigma / alpha) is normally distributed: -> like u.
+        """Uniform u (B,) -> timesteps (B,) int64 whose ln(sigma / alpha) is normally distributed.
 
         Half of all uniform t of the linear schedule have more than 3.4 times as much noise as
         image, and little can be seen there. Karras et al. 2022 (table 1) train on a normal
         distribution instead, of deviation 1.2. Of the means that were tried, -0.8 was the best.
         """
         normal = math.sqrt(2) * torch.erfinv(2 * u - 1)  # its quantile function
-        levels = (self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod).float().log()
-        middles = (levels[1:] + levels[:-1]) / 2
-        return torch.searchsorted(middles, 1.2 * normal - 0.8)  # the t of the nearest level
+        ratios = (self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod).float().log()
+        middles = (ratios[1:] + ratios[:-1]) / 2
+        return torch.searchsorted(middles, 1.2 * normal - 0.8)  # the t of the nearest ratio
 
     # ---- Sampling: Algorithm 2, then the faster samplers that grew out of it
 
@@ -495,7 +495,10 @@ class DiffusionModel(nn.Module):
         return self.step(x_t, x_0, t, t - 1, eta=1.0, new_noise=torch.randn_like(x_t))
 
     def timesteps(self, sampler="dpm++", steps=None):
-        """The timesteps that a sampler visits, strictly decreasing. After the last comes x_0."""
+        """The timesteps that a sampler visits, strictly decreasing. After the last comes x_0.
+
+        steps is how many. With dpm++ there may be fewer, as timesteps that coincide count once.
+        """
         if sampler not in DEFAULT_STEPS:
             raise ValueError(f"sampler must be {', '.join(DEFAULT_STEPS)}, got {sampler!r}")
         if steps is None:
@@ -583,13 +586,14 @@ class DiffusionModel(nn.Module):
                     x_0 = mask * x_0 + (1 - mask) * init_image
                 if callback is not None:
                     callback(i, t, x_t, x_0)
-                target, h = x_0, lambdas[s] - lambdas[t]
+                estimate, h = x_0, lambdas[s] - lambdas[t]
                 if sampler == "dpm++" and i > 0 and s >= 0:
                     # The estimate changes from step to step. Guess what it will be in the middle of
                     # this one, from how it changed in the last. h is a step's length in lambda.
-                    target = x_0 + (x_0 - x_0_before) * (h / (2 * h_before))
+                    # Lu et al. write `step` with eta=0 in another form, with exp(-h) - 1.
+                    estimate = x_0 + (x_0 - x_0_before) * (h / (2 * h_before))
                 eta, z = (1.0, draw_noise()) if sampler == "ddpm" and s >= 0 else (0.0, 0.0)
-                x_t = self.step(x_t, target, t, s, eta, z)
+                x_t = self.step(x_t, estimate, t, s, eta, z)
                 x_0_before, h_before = x_0, h
         return x_t
 
@@ -700,7 +704,7 @@ def say(line, bar=None):
             if bar is not None:
                 bar.clear()
             print(line, flush=True)
-        except OSError:  # Nobody reads it any more, as after `| head -1`. That ends nothing.
+        except OSError:  # Nobody reads it any more, as after `| head -1`. The run goes on.
             sys.stdout = None
 
 
@@ -775,7 +779,12 @@ class SimpleDiffusion(nn.Module):
         self.class_names = class_names
         self.diffusion = DiffusionModel(
             SimpleUNet(hidden_channels=hidden_channels, **unet_options),
-            *(n_steps, beta_start, beta_end, schedule, prediction, t_distribution),
+            n_steps=n_steps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            schedule=schedule,
+            prediction=prediction,
+            t_distribution=t_distribution,
         )
 
     @property
@@ -816,6 +825,7 @@ class SimpleDiffusion(nn.Module):
             model_config=self.network.config,
             diffusion_config=self.diffusion.config,
             model_state_dict={
+                # torch.compile, if you have called it, puts _orig_mod. before each name.
                 name.removeprefix("_orig_mod."): tensor.to("cpu", torch.float16)
                 for name, tensor in weights
             },
@@ -925,7 +935,7 @@ def load_folder(folder, image_size, limit):
     say("classes   " + ", ".join(f"{classes[name]:,} {name}" for name in class_names))
     if len(classes) == 1:
         inner = folder / class_names[0]
-        say(f"one class is none. If the classes are folders in {inner}, give --data {inner}")
+        say(f"only one class. If there should be more, in {inner}, give --data {inner}")
     labels = [class_names.index(path.parts[0]) for path in kept]
     return images, torch.tensor(labels, device="cpu"), class_names
 
@@ -1114,7 +1124,7 @@ def make_optimizers(network, lr):
     layers = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
     maps = [layer.weight for layer in layers if layer not in (first, last)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]
-    # AdamW keeps the rate that it had when it trained everything, 0.4 of Muon's.
+    # AdamW worked well with 0.4 of Muon's rate.
     adamw = torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return [Muon(maps, lr), adamw]
 
@@ -1134,7 +1144,7 @@ def update_ema(ema, model, step):
     """
     decay = 0.5 ** (1 / (0.03 * step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for ours, theirs in zip(ema.buffers(), model.buffers()):  # a network of your own may have some
+    for ours, theirs in zip(ema.buffers(), model.buffers()):  # the network may have some
         ours.copy_(theirs)
 
 
@@ -1214,9 +1224,9 @@ def train(config, data=None):
             model.network.load_state_dict(state["model"])
             ema.network.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                # All but the learning rates, as --lr may differ.
-                rates = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({**saved, "param_groups": rates})
+                # The state, but with the options of this command, as --lr may differ.
+                options = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({**saved, "param_groups": options})
         if largest(step) != step:
             raise ValueError(f"the processes do not all find {state_path}: share its folder")
         if step >= total_steps:
@@ -1277,7 +1287,8 @@ def train(config, data=None):
             epoch_done = step % steps_per_epoch == 0
             run_done = step == total_steps
             stop = largest(max(received, default=0))  # the number of a signal, or 0
-            # Save after each epoch, unless that was just now, and every five minutes of a long one.
+            # Save every five minutes, and after each epoch unless the last time was less than 20
+            # seconds ago (or a tenth of the time of a young run).
             pause = min(20, seconds / 10) if epoch_done else 300
             saving = stop or run_done or seconds - saved_at > pause
             exporting = epoch_done and ((epoch + 1) % sample_every == 0 or run_done)
@@ -1379,7 +1390,7 @@ def training_data(config, data, out, rank):
 
 
 def describe(config, model, optimizers, images, batch_size, epochs, device, out):
-    """Say what will be trained on what: -> the same for model_info.json, a dict."""
+    """Print what will be trained and on what, and return it for model_info.json, as a dict."""
     network, count = model.network, len(images)
     info = dict(
         architecture=f"SimpleUNet {network.config}",
@@ -1411,7 +1422,7 @@ def describe(config, model, optimizers, images, batch_size, epochs, device, out)
 
 
 def new_model(config, images, class_names):
-    """The model that a run begins with, as the options say or with --init as that checkpoint is."""
+    """The model that a run begins with, from the options, or from the checkpoint of --init."""
     options = dict(image_size=images.shape[-1], class_names=class_names, dropout=config.dropout)
     options.update(t_distribution=config.t_distribution)
     if config.init is None:

@@ -100,7 +100,9 @@ def draw(args):
     moments = []
     if args.denoising:
         if count > BATCH or args.save_each or args.strength == 0:
-            raise ValueError(f"--denoising shows up to {BATCH} pictures, here {count}, in --out")
+            raise ValueError(
+                f"--denoising draws 1 to {BATCH} pictures into --out, with --strength above 0"
+            )
         options.update(
             callback=lambda i, t, x_t, x_0: moments.append(torch.stack([x_t, x_0]).cpu())
         )
@@ -145,7 +147,7 @@ def main(argv=None):
         "--guidance",
         type=float,
         default=2.5,
-        help="how typical of its class a picture is (default 2.5, as trained 1)",
+        help="how typical of its class a picture is (default 2.5, and 1 is none)",
     )
     add("--sampler", choices=dm.DEFAULT_STEPS, default="dpm++", help="(default dpm++)")
     add("--steps", type=int, help="steps for a picture (default 13, for ddim 50, for ddpm 1000)")
@@ -153,7 +155,7 @@ def main(argv=None):
         "--seed",
         type=int,
         default=0,
-        help="seed of the first picture, and the next has the next (default 0)",
+        help="seed of the first picture, and each further one adds 1 (default 0)",
     )
     add("--checkpoint", default=weights, metavar="FILE", help="weights, or a folder that has them")
     add("--out", type=path, default=Path("samples/generated.png"), help="picture to write")
