@@ -1125,7 +1125,7 @@ def make_optimizers(network, lr):
     maps = [layer.weight for layer in layers if layer not in (first, last)]
     rest = [p for p in network.parameters() if all(p is not weight for weight in maps)]
     # AdamW worked well with 0.4 of Muon's rate.
-    adamw = torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    adamw = torch.optim.AdamW(rest, 0.4 * lr, betas=(0.9, 0.99), weight_decay=0.01)
     return [Muon(maps, lr), adamw]
 
 
@@ -1212,6 +1212,8 @@ def train(config, data=None):
         model.to(device, memory_format=memory_format(device))
         ema = copy.deepcopy(model).eval()
         optimizers = make_optimizers(model.network, config.lr)
+        # The highest learning rates are those of this command. A state may hold others.
+        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         # All images stay on the device, in bytes. Grey ones become colour if --init's network is.
         images = images.expand(-1, model.network.config["in_channels"], -1, -1).to(device)
         labels = None if labels is None else labels.to(device)
@@ -1224,9 +1226,7 @@ def train(config, data=None):
             model.network.load_state_dict(state["model"])
             ema.network.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                # The state, but with the options of this command, as --lr may differ.
-                options = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({**saved, "param_groups": options})
+                optimizer.load_state_dict(saved)
         if largest(step) != step:
             raise ValueError(f"the processes do not all find {state_path}: share its folder")
         if step >= total_steps:
@@ -1236,7 +1236,6 @@ def train(config, data=None):
         if state is not None:
             losses[:step] = state["losses"]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        peaks = [group["lr"] for group in groups]
 
         # What is said and written at the beginning.
         info = describe(config, model, optimizers, images, batch_size, epochs, device, out)
@@ -1301,7 +1300,7 @@ def train(config, data=None):
             known = losses.cpu()[:step]
             if not known.isfinite().all():
                 bad = known.isfinite().tolist().index(False) + 1
-                advice = "give the same command with a lower --lr"
+                advice = "give the same command with a lower --lr, if need be with --restart"
                 raise FloatingPointError(f"the loss is not finite at step {bad}: {advice}")
             with contextlib.suppress(OSError):  # the terminal may be gone
                 bar.set_postfix(loss=f"{known[-100:].mean():.4f}", refresh=False)
@@ -1339,7 +1338,8 @@ def train(config, data=None):
                 writer.add_scalar("loss", known[-steps_per_epoch:].mean(), step)
                 writer.flush()
             if stop and not run_done:
-                say(f"stopped after step {step:,}: the same command goes on", bar)
+                how = " without --restart" if config.restart else ""
+                say(f"stopped after step {step:,}: the same command{how} goes on", bar)
                 raise KeyboardInterrupt(stop)
         checkpoint = shlex.quote(str(out / "diffusion_model.pth"))
         say(f"wrote {checkpoint}, draw: python inference_example.py --checkpoint {checkpoint}", bar)
@@ -1354,9 +1354,9 @@ def join_processes(name):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         return pick_device(name), 0, 1
-    device = pick_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":  # a GPU for each process
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    on_gpus = torch.cuda.is_available() if name is None else name.startswith("cuda")
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else name or "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(timeout=datetime.timedelta(days=1))

@@ -74,12 +74,14 @@ def draw(args):
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    if args.out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {args.out} needs the ending of a kind of picture, such as .png")
     model = dm.SimpleDiffusion.load(args.checkpoint, args.device)
     size, names = model.image_size, model.class_names or []
     rows = [model.label(name) for name in args.classes or names] or [None]
     n = (1 if args.denoising and not args.interpolate else 8) if args.n is None else args.n
+    if n < 1:
+        raise ValueError(f"-n {n} must be at least 1")
     count = n * len(rows)
     y = [label for label in rows for _ in range(n)] if names else None
     options = dict(sampler=args.sampler, steps=args.steps, guidance=args.guidance if names else 1.0)
@@ -101,7 +103,8 @@ def draw(args):
     if args.denoising:
         if count > BATCH or args.save_each or args.strength == 0:
             raise ValueError(
-                f"--denoising draws 1 to {BATCH} pictures into --out, with --strength above 0"
+                f"--denoising needs at most {BATCH} pictures (here {count}), in one grid, "
+                "and a --strength above 0"
             )
         options.update(
             callback=lambda i, t, x_t, x_0: moments.append(torch.stack([x_t, x_0]).cpu())
