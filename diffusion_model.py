@@ -1,7 +1,8 @@
 """A diffusion model for CIFAR-10, complete in one file: network, process, sampling and training.
 
-    python diffusion_model.py                    downloads CIFAR-10 and trains on it
-    python diffusion_model.py --data shapes      needs no download, learns within minutes
+    python diffusion_model.py --out my_run       downloads CIFAR-10 and trains on it
+    python diffusion_model.py --data shapes --out my_shapes
+                                                 needs no download, learns within minutes
     python diffusion_model.py --data FOLDER --init diffusion_model.pth --out my_model
                                                  learns your own pictures from the released weights
     python inference_example.py                  draws pictures from diffusion_model.pth

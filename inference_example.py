@@ -144,13 +144,13 @@ def main(argv=None):
     weights = weights if weights.exists() else Path(__file__).with_name(weights.name)
     path = lambda name: Path(name).expanduser()
     add = parser.add_argument
-    add("-n", type=int, help="pictures of each class, a row (default 8)")
+    add("-n", type=int, help="pictures of each class, a row (default 8, with --denoising 1)")
     add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to draw (default all)")
     add(
         "--guidance",
         type=float,
         default=2.5,
-        help="how typical of its class a picture is (default 2.5, and 1 is none)",
+        help="how typical of its class a picture is (default 2.5, and 1 turns it off)",
     )
     add("--sampler", choices=dm.DEFAULT_STEPS, default="dpm++", help="(default dpm++)")
     add("--steps", type=int, help="steps for a picture (default 13, for ddim 50, for ddpm 1000)")
