@@ -65,7 +65,7 @@ def test_commands(workplace, lines):
 
 
 def test_other_commands_are_known():
-    """What is no command of ours is one of these, which .ci/run or other tests run."""
+    """What is no command of ours is one of these. .ci/run calls all but uv."""
     ours = ("python diffusion_model.py", "python inference_example.py")
     others = [line for line in COMMANDS if not line.startswith(ours)]
     known = ("pip install", "python -m pytest", "uv run")
