@@ -710,10 +710,10 @@ def say(line, bar=None):
 
 
 def write(contents, path):
-    """Write text or what torch.save takes, so that `path` holds the old or the new, never half."""
+    """Write bytes or what torch.save takes, so that `path` holds the old or the new, never half."""
     path, buffer = Path(path).expanduser(), io.BytesIO()
-    if isinstance(contents, str):
-        buffer.write(contents.encode())
+    if isinstance(contents, bytes):
+        buffer.write(contents)
     else:
         torch.save(contents, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1239,7 +1239,9 @@ def train(config, data=None):
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
         # What is said and written at the beginning.
-        info = describe(config, model, optimizers, images, batch_size, epochs, device, out)
+        info = describe(
+            config, model, optimizers, images, batch_size, epochs, total_steps, device, out
+        )
         if rank == 0 and step == 0:
             keep_old_checkpoint(out / "diffusion_model.pth")
             save_grid(images[:64] / 255, out / "samples/data.png", columns=8)
@@ -1390,9 +1392,9 @@ def training_data(config, data, out, rank):
     return images, labels, class_names
 
 
-def describe(config, model, optimizers, images, batch_size, epochs, device, out):
+def describe(config, model, optimizers, images, batch_size, epochs, total_steps, device, out):
     """Print what will be trained and on what, and return it for model_info.json, as a dict."""
-    network, count = model.network, len(images)
+    network = model.network
     info = dict(
         architecture=f"SimpleUNet {network.config}",
         parameters=sum(p.numel() for p in network.parameters()),
@@ -1408,16 +1410,15 @@ def describe(config, model, optimizers, images, batch_size, epochs, device, out)
     say(
         f"device    {device}, {'bfloat16' if has_bfloat16(device) else 'float32'}\n"
         f"network   {info['parameters'] / 1e6:.1f} M parameters\n"
-        f"data      {count:,} images of {config.data}, {images.shape[-1]} pixels wide, "
+        f"data      {len(images):,} images of {config.data}, {images.shape[-1]} pixels wide, "
         f"{', '.join(model.class_names or ['no classes'])}\n"
-        f"training  {epochs:,} epochs of {count // batch_size:,} steps of {batch_size} images\n"
+        f"training  {epochs:,} epochs of {total_steps // epochs:,} steps of {batch_size} images\n"
         f"files     {out}"
     )
-    total_steps = epochs * (count // batch_size)
     if total_steps < 1000 and config.images is None:
         say(f"hint      {total_steps} steps are few, --images 30000 makes more of them")
-    signs = all(len(name) == 1 or name.isdigit() for name in model.class_names or ["none"])
-    if signs and not config.no_flip:
+    signs = [len(name) == 1 or name.isdigit() for name in model.class_names or []]
+    if signs and all(signs) and not config.no_flip:
         say("hint      letters and digits should not be mirrored: --no-flip")
     return info
 
@@ -1542,10 +1543,10 @@ def export(ema, out, seed, curve, info):
     """Write the model, model_info.json, a grid of four samples, and the loss of each epoch."""
     from matplotlib.figure import Figure
 
-    info = dict(info, epochs=len(curve), final_loss=curve[-1].item())
-    info.update(date=time.strftime("%Y-%m-%d"))
+    today = time.strftime("%Y-%m-%d")
+    info = dict(info, epochs=len(curve), final_loss=curve[-1].item(), date=today)
     ema.save(out / "diffusion_model.pth", **info)
-    write(json.dumps(info, indent=2) + "\n", out / "model_info.json")
+    write((json.dumps(info, indent=2) + "\n").encode(), out / "model_info.json")
     classes = ema.network.num_classes
     y = None if classes is None else [i % classes for i in range(4)]
     images = ema.sample(4, y=y, seed=seed, progress=False)

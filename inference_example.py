@@ -18,8 +18,8 @@ From the command line, into samples/generated.png:
 """
 
 import argparse
+import io
 import math
-import os
 import re
 import sys
 import time
@@ -54,9 +54,9 @@ def generate_images(model, num_images=8, y=None, seed=None, x_T=None, paths=None
             batches.append(images)
         for image, path in zip(images, paths[part] if paths else []):
             if not path.exists():
-                half = path.with_suffix(f".{os.getpid()}.png")
-                save_image(image, half)
-                half.replace(path)
+                file = io.BytesIO()
+                save_image(image, file, format="png")
+                dm.write(file.getvalue(), path)
     return torch.cat(batches) if batches else None
 
 

@@ -265,16 +265,16 @@ def test_a_file_that_claims_a_huge_size(good, name, value):
 # ---- How files are written
 
 
-@pytest.mark.parametrize("contents", ["old", {"old": torch.ones(3)}])
+@pytest.mark.parametrize("contents", [b"old", {"old": torch.ones(3)}])
 def test_two_writers_on_one_path(monkeypatch, contents):
     """Both have written all when either comes to replace the file. Both succeed, and the file is
     that of one of them, whole."""
     barrier = threading.Barrier(2, timeout=20)
     spy(monkeypatch.setattr, os, "replace", lambda *_: barrier.wait())
-    both = [contents, "new" * 10_000]
+    both = [contents, b"new" * 10_000]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(dm.write, both, ["a", "a"]))  # which raises what either of them raises
-    whole = [each.encode() if isinstance(each, str) else to_bytes(each) for each in both]
+    whole = [each if isinstance(each, bytes) else to_bytes(each) for each in both]
     assert Path("a").read_bytes() in whole and os.listdir() == ["a"]
 
 
@@ -293,10 +293,10 @@ def test_a_file_that_is_held_open_for_a_moment(monkeypatch, failures):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     spy(monkeypatch.setattr, os, "replace", held)
     if failures == 3:
-        dm.write("new", "a")
+        dm.write(b"new", "a")
     else:
         with pytest.raises(PermissionError):
-            dm.write("new", "a")
+            dm.write(b"new", "a")
         assert len(attempts) < 100
     assert Path("a").read_text() == ("new" if failures == 3 else "old") and os.listdir() == ["a"]
 
@@ -323,7 +323,7 @@ def test_a_written_file_is_an_ordinary_one(monkeypatch):
     spy(monkeypatch.setattr, os, "replace", lambda old, new: named.append(list(on_disk)))
     before = os.umask(0o027)
     try:
-        dm.write("text", "a")
+        dm.write(b"text", "a")
     finally:
         os.umask(before)
     assert os.stat("a").st_mode & 0o777 == 0o640
