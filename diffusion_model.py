@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import gc
 import hashlib
 import inspect
 import io
@@ -1594,9 +1595,12 @@ def main(argv=None):
         kind = kinds.get(entry.type, dict(type=entry.type))
         parser.add_argument(name, help=help, default=default, **kind)
     with errors_in_one_line():
-        train(TrainConfig(**vars(parser.parse_args(argv))))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            train(TrainConfig(**vars(parser.parse_args(argv))))
+        finally:
+            if dist.is_initialized():
+                gc.collect()  # of what still holds the group, whose threads must not outlive Python
+                dist.destroy_process_group()
 
 
 def refuse_options(message):
